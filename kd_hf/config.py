@@ -1,0 +1,290 @@
+"""The blocks of a recipe: every key a user can write, its meaning and its default. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kd_hf.balance import Duration, DurationField, Weight
+
+
+class Block(BaseModel):
+    """A recipe block: unknown keys are refused, values are coerced (so `1e-4` is a number)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PreprocessingConfig(Block):
+    """Overrides of what the model's own configuration says about its images."""
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    crop_pct: float | None = Field(None, gt=0, le=1)
+
+
+class ModelConfig(Block):
+    """A network by Hub id, local folder, run folder or timm architecture name."""
+
+    model: str | None = None
+    """`timm/resnet50`, `google/vit-base-patch16-224`, a folder, or an architecture name such as `resnet18`."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub repository."""
+    num_classes: int | None = Field(None, gt=0)
+    """Replaces the classifier; by default the data's number of classes for a student, the model's own for a teacher."""
+    image_size: int | None = Field(None, gt=0)
+    """Pixels per side of this model's view; by default `data.image_size`, else the model's own."""
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the model's constructor (timm) or configuration (transformers)."""
+    trust_remote_code: bool = False
+    """Allow code from the Hub repository to run."""
+
+
+class StudentConfig(ModelConfig):
+    """The network that is trained."""
+
+    model: str
+    pretrained: bool = False
+    drop_path: float | None = Field(None, ge=0, lt=1)
+    """Stochastic depth rate of the student."""
+
+
+class GateConfig(Block):
+    """The measurement of a teacher before the first step."""
+
+    enabled: bool = True
+    samples: int = Field(256, gt=0)
+    """How many images of the evaluation split are shown to the teacher."""
+    min_top1: float | None = Field(None, ge=0, le=100)
+    """Refuse to train below this top-1 in percent; by default only a teacher at chance level is refused."""
+
+
+class TeacherConfig(ModelConfig):
+    """A network that is imitated; frozen, outside the trained module."""
+
+    recipe: str | None = None
+    """Instead of `model`: a recipe whose student is this teacher; it is trained first when its artefact is missing."""
+    pretrained: bool = True
+    mode: Literal["eval", "batch_stats", "train"] = "eval"
+    """`batch_stats` uses batch statistics in BatchNorm, `train` also drop path: as some official code did."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights of the frozen teacher; `auto` follows the run's mixed precision."""
+    gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherConfig:
+        if (self.model is None) == (self.recipe is None):
+            raise ValueError("give either `model` or `recipe`")
+        return self
+
+
+class BaselineConfig(Block):
+    """The plain twin that the student is compared with; trained first when its artefact is missing."""
+
+    recipe: str
+
+
+class MethodBlock(BaseModel):
+    """What the recipe says about one loss. All other keys of the block belong to the method's own Config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    weight: Weight | None = None
+    """Factor of this loss; by default the paper's. A number, `{warmup: [from, to, duration]}` or `{cosine: […]}`."""
+    until: DurationField | None = None
+    """Stop this loss after a duration, e.g. `90 epochs`."""
+    teacher: str | None = None
+    """Which of several `teachers` this method reads."""
+    method: str | None = None
+    """Method name, when the block's own name is another (two blocks of one method)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the method's Config."""
+        return dict(self.model_extra or {})
+
+
+class CropConfig(Block):
+    """How the training crop is taken from the decoded image; one box serves all views."""
+
+    kind: Literal["random_resized", "pad", "resize"] = "random_resized"
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the crop relative to the image (`random_resized`)."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of the crop (`random_resized`)."""
+    padding: int = Field(4, ge=0)
+    """Pixels added on each side, at the student's resolution, before a random crop of the original size (`pad`)."""
+
+
+class AugmentConfig(Block):
+    """Random changes to training images. Every draw is keyed by (seed, epoch, sample)."""
+
+    crop: CropConfig = CropConfig()
+    hflip: float = Field(0.5, ge=0, le=1)
+    auto_augment: str | None = None
+    """A RandAugment policy in timm's terms, e.g. `rand-m9-mstd0.5-inc1`."""
+    color_jitter: float = Field(0.0, ge=0)
+    """Strength of brightness, contrast and saturation jitter; not used together with `auto_augment`."""
+    erasing: float = Field(0.0, ge=0, le=1)
+    """Probability of random erasing (area 0.02–1/3, aspect 0.3–10/3, per-pixel normal noise after normalisation)."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of Mixup's Beta distribution; 0 turns it off."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of CutMix's Beta distribution; 0 turns it off."""
+    mix_prob: float = Field(1.0, ge=0, le=1)
+    """Probability that a group of images is mixed at all."""
+    switch_prob: float = Field(0.5, ge=0, le=1)
+    """Probability of CutMix when both are on."""
+    mix_group: int | None = Field(None, ge=2, multiple_of=2)
+    """Images that share one mixing coefficient; by default the whole global batch."""
+    repeats: int = Field(1, ge=1)
+    """Repeated augmentation: how often each image occurs in a batch, with draws of its own."""
+
+
+class DataConfig(Block):
+    """Where images come from and what is done to them."""
+
+    path: str
+    """A Hub data set id, class folders (`train/…`, `val/…`), a folder of Parquet files, or `builtin:digits`."""
+    name: str | None = None
+    """Configuration of the Hub data set."""
+    revision: str | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    data_files: dict[str, str | list[str]] | None = None
+    """Split → Parquet file patterns, relative to `path`."""
+    streaming: bool = False
+    """Read row groups as they are needed instead of the whole set first."""
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = Field(None, gt=0)
+    """Pixels per side of every view whose model block says nothing else."""
+    augment: AugmentConfig = AugmentConfig()
+    num_labels: int | None = Field(None, gt=0)
+    """Keep the labels of this many training images (chosen per class, keyed by seed); the rest count as unlabelled."""
+    unlabelled: Literal["keep", "drop"] = "keep"
+    """Whether training images without a label are used."""
+    shuffle_block: int = Field(16, ge=1)
+    """Streaming: row groups whose rows are shuffled together."""
+    max_corrupt: int = Field(100, ge=0)
+    """Unreadable images that are tolerated (replaced by the next readable row and counted) before the run stops."""
+
+
+class EmaConfig(Block):
+    """An exponential moving average of the student's weights."""
+
+    decay: float = Field(0.9999, gt=0, lt=1)
+    warmup: bool = False
+    """Raise the decay from 0 at the start, as timm's `use_warmup`."""
+    buffers: Literal["average", "copy"] = "average"
+    """BatchNorm statistics: averaged like weights, or copied."""
+    export: bool = True
+    """Whether the artefact holds the average (true) or the raw weights."""
+
+
+class TrainConfig(Block):
+    """The engine; names and meanings of transformers' TrainingArguments where they are the same."""
+
+    output_dir: str
+    seed: int = 0
+    per_device_train_batch_size: int = Field(32, gt=0)
+    per_device_eval_batch_size: int | None = Field(None, gt=0)
+    """By default the training batch size."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    """Optimiser steps; overrides `num_train_epochs`."""
+    optim: str = "adamw"
+    """Any optimiser of `timm.optim`: sgd, adamw, lamb, …"""
+    learning_rate: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    decay_norm_and_bias: bool = False
+    """Apply weight decay to 1-d parameters and biases too."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    optim_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimiser, e.g. `{betas: [0.9, 0.95]}`."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    lr_scheduler_type: Literal["cosine", "linear", "step", "multistep", "constant"] = "cosine"
+    lr_schedule_on: Literal["step", "epoch"] = "step"
+    """Whether the learning rate moves at every step or at epoch ends."""
+    warmup_steps: DurationField = Duration(0, "steps")
+    """`5 epochs`, `500 steps`, 500, or a ratio of the run below 1."""
+    warmup_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_decay_at: tuple[DurationField, ...] = ()
+    """Milestones of `multistep`, or the single period of `step`."""
+    lr_decay_rate: float = Field(0.1, gt=0)
+    max_grad_norm: float | None = Field(None, gt=0)
+    ema: EmaConfig | None = None
+    bf16: bool = False
+    fp16: bool = False
+    torch_compile: bool = False
+    channels_last: bool = False
+    activation_checkpointing: bool = False
+    sync_batchnorm: bool = False
+    dataloader_num_workers: int = Field(0, ge=0)
+    dataloader_prefetch_factor: int = Field(2, gt=0)
+    logging_steps: int = Field(50, gt=0)
+    eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    eval_steps: int | None = Field(None, gt=0)
+    save_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    save_steps: int | None = Field(None, gt=0)
+    save_total_limit: int | None = Field(2, gt=0)
+    load_best_model_at_end: bool = False
+    """Export the weights of the best evaluation instead of the last ones."""
+    metric_for_best_model: str = "eval_top1"
+    greater_is_better: bool = True
+    resume_from_checkpoint: str | bool | None = None
+    """A checkpoint folder, or true for the newest one of `output_dir`."""
+    report_to: list[str] = Field(default_factory=list)
+    """Trackers, by accelerate's names: tensorboard, wandb, trackio, …"""
+    use_cpu: bool = False
+    cpu_threads: int | Literal["auto"] = "auto"
+    """Threads per process on a CPU; `auto` leaves room for what else runs on the machine."""
+    disable_tqdm: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        for kind, steps in ((self.eval_strategy, self.eval_steps), (self.save_strategy, self.save_steps)):
+            if kind == "steps" and steps is None:
+                raise ValueError("a strategy of `steps` needs `eval_steps` or `save_steps`")
+        if self.lr_scheduler_type in ("step", "multistep") and not self.lr_decay_at:
+            raise ValueError(f"lr_scheduler_type: {self.lr_scheduler_type} needs `lr_decay_at`")
+        return self
+
+
+class EvalConfig(Block):
+    """What is measured on the evaluation split."""
+
+    max_samples: int | None = Field(None, gt=0)
+    teacher: bool = True
+    """Measure top-1 of the teacher and the student's agreement with it."""
+
+
+class Recipe(Block):
+    """A whole run. Read one with :func:`kd_hf.recipe.load_recipe`."""
+
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """Several teachers by name, instead of `teacher`."""
+    baseline: BaselineConfig | None = None
+    methods: dict[str, MethodBlock] = Field(default_factory=dict)
+    """Losses by method name; `task` is the ordinary loss on labels and is there with weight 1 unless changed."""
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _one_kind_of_teacher(self) -> Recipe:
+        if self.teacher is not None and self.teachers:
+            raise ValueError("give either `teacher` or `teachers`")
+        return self
+
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """Teachers by name; a single `teacher` is called 'teacher'."""
+        return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)

@@ -1,0 +1,1 @@
+"""From stored bytes to batches: sources, order, views, mixing, loading."""

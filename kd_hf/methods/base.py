@@ -1,0 +1,175 @@
+"""The interface of a distillation method: what it reads, what it learns, what it returns.
+
+A method is one file in this folder (or one class in another package's entry-point group ``kd_hf.methods``).
+It declares its taps, is built with their shapes, and maps tensors to named losses. It never draws a random
+number (draws are arguments), never holds its outer weight (the recipe does), and never runs a network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from kd_hf.data.draws import Draws
+from kd_hf.errors import UserError, nearest
+from kd_hf.models.info import ModelInfo, Shapes
+
+ENTRY_POINTS = "kd_hf.methods"
+
+
+class MethodConfig(BaseModel):
+    """Options of a method; subclasses add fields with the paper's values as defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where a method comes from: for docs and model cards."""
+
+    title: str
+    url: str
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method reads. `student` and `teacher` map the method's own role names to tap names."""
+
+    student: Mapping[str, str] = field(default_factory=dict)
+    teacher: Mapping[str, str] = field(default_factory=dict)
+    teacher_logits: bool = False
+    dist_head: bool = False  # the student must train with its distillation head apart
+    parts: tuple[str, ...] = ()  # live teacher modules, by reference: "head", "stage:4", …
+    labels: Literal["none", "optional", "hard", "soft"] = "none"  # hard: index labels only; soft: mixed rows too
+    batch_coupled: bool = False  # the loss mixes samples of a batch
+    cacheable: bool = True  # the teacher's outputs alone are enough
+
+
+@dataclass
+class Outputs:
+    """What a network gives for a batch. `taps` are keyed by the method's role names.
+
+    `logits` ``[B, K]`` come from the class head; `dist_logits` ``[B, K]`` from the distillation head when the
+    student trains with two heads, else None.
+    """
+
+    logits: Tensor
+    dist_logits: Tensor | None = None
+    taps: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Target:
+    """Labels of a batch. `hard` int64 ``[B]`` is -1 where a sample has no label; under mixing or soft labels
+    it is the argmax of the row. `soft` ``[B, K]`` is None unless rows are mixed; unlabelled rows sum to 0."""
+
+    hard: Tensor
+    soft: Tensor | None = None
+
+    def rows(self, num_classes: int, dtype: torch.dtype) -> Tensor:
+        """Label rows ``[B, K]``: `soft`, or one-hot of `hard` (a zero row where unlabelled)."""
+        if self.soft is not None:
+            return self.soft.to(dtype)
+        known = self.hard >= 0
+        rows = torch.zeros(len(self.hard), num_classes, dtype=dtype, device=self.hard.device)
+        return rows.scatter_(1, self.hard.clamp(min=0)[:, None], known[:, None].to(dtype))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per image: multiply–accumulates of the method's own modules (forward), and its parameters."""
+
+    parameters: int = 0
+    macs: int = 0
+
+
+class Method(nn.Module):
+    """Base of every method. Subclasses set `name`, `Config`, `paper`, `weight` and implement `needs` and `forward`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[Reference]
+    weight: ClassVar[float] = 1.0  # the paper's overall factor: the default of the recipe's `weight`
+
+    class Config(MethodConfig):
+        """No options."""
+
+    @classmethod
+    def needs(cls, cfg: MethodConfig, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
+        """Say what is read. Raises :class:`UserError` when these networks cannot serve the method."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        cfg: MethodConfig,
+        student: Shapes,
+        teacher: Shapes | None,
+        parts: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        # by reference: a plain dict is not registered, so the teacher stays out of state_dict and optimiser
+        self.parts = dict(parts)
+
+    def draw(self, draws: Draws) -> Mapping[str, Tensor]:
+        """Random tensors for this batch; called outside `forward` so that tests can inject others."""
+        return {}
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Target, draws: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map a batch to named scalar losses; the method's loss is their sum."""
+        raise NotImplementedError
+
+    def cost(self) -> Cost:
+        """Own parameters and multiply–accumulates per image."""
+        return Cost(parameters=sum(p.numel() for p in self.parameters()))
+
+
+def require_teacher(name: str, teacher: ModelInfo | None, student: ModelInfo) -> ModelInfo:
+    """Refuse a missing teacher, or one with another number of classes, in the words of the recipe."""
+    if teacher is None:
+        raise UserError(f"methods.{name} needs a teacher; add a `teacher:` block to the recipe")
+    if teacher.num_classes != student.num_classes:
+        raise UserError(
+            f"methods.{name}: the teacher '{teacher.name}' has {teacher.num_classes} classes and the student "
+            f"'{student.name}' has {student.num_classes}; logits can only be compared class by class"
+        )
+    return teacher
+
+
+@cache
+def method_names() -> tuple[str, ...]:
+    """Names of all methods: this folder's and those other packages register."""
+    import kd_hf.methods as folder
+
+    own = [m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in ("base", "projectors", "losses")]
+    return tuple(sorted({*own, *(entry.name for entry in entry_points(group=ENTRY_POINTS))}))
+
+
+def get_method(name: str) -> type[Method]:
+    """Return the method class called `name`. Raises :class:`UserError` with the nearest name."""
+    if name not in method_names():
+        raise UserError(f"unknown method '{name}'.{nearest(name, method_names())}")
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        return _checked(entry.load(), name)
+    module = importlib.import_module(f"kd_hf.methods.{name}")
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Method) and getattr(value, "name", None) == name:
+            return value
+    raise UserError(f"kd_hf/methods/{name}.py defines no Method with name = '{name}'")
+
+
+def _checked(value: object, name: str) -> type[Method]:
+    if isinstance(value, type) and issubclass(value, Method):
+        return value
+    raise UserError(f"the entry point '{name}' of group {ENTRY_POINTS} is not a kd_hf.methods.base.Method: {value!r}")

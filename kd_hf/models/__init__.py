@@ -1,0 +1,1 @@
+"""Networks: loading, facts about them, and taps."""

@@ -1,0 +1,63 @@
+"""What a method may know about a network before it sees a tensor. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution level. `path` is the module whose output is tapped; `layout` is how that module returns it."""
+
+    path: str
+    channels: int
+    layout: str = "NCHW"  # or "NHWC" (Swin in timm), "NLC" (token sequence with the prefix still on it)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a network expects its images; sizes in pixels, mean and std on a 0–1 scale."""
+
+    image_size: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The facts about a network that decide which methods can serve it.
+
+    `stages` are counted from 1 in tap names (``stage:1`` is the first after the stem), `blocks` from 0
+    (``block:0`` is the first transformer block), as the papers do. `prefix` names the tokens before the
+    patches, in order.
+    """
+
+    name: str
+    library: str  # "timm" | "transformers" | "torch"
+    num_classes: int
+    preprocessing: Preprocessing
+    stages: tuple[Stage, ...] = ()
+    blocks: tuple[str, ...] = ()  # module paths
+    prefix: tuple[str, ...] = ()  # e.g. ("cls",) or ("cls", "dist")
+    norm: str | None = None  # module path of the final norm over the token sequence
+    head: str | None = None  # module path of the classifier
+    dist_head: str | None = None  # module path of the distillation token's classifier
+    parameters: int = 0
+    modules: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks (0 for a CNN)."""
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes without the batch dimension: K, and each tapped tensor by the method's own role name."""
+
+    num_classes: int
+    taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
