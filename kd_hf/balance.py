@@ -67,6 +67,12 @@ class Ramp(BaseModel):
             raise ValueError("give either `warmup: [from, to, duration]` or `cosine: [from, to, duration]`")
         return self
 
+    @property
+    def touches_zero(self) -> bool:
+        """Whether the weight is 0 at its start or from its end on."""
+        start, end, _ = self.warmup or self.cosine  # type: ignore[misc]
+        return start == 0 or end == 0
+
 
 Weight = float | Ramp
 
@@ -83,8 +89,3 @@ def weight_at(weight: Weight, until: Duration | None, step: int, total_steps: in
     if weight.cosine is not None:
         done = (1.0 - math.cos(math.pi * done)) / 2.0
     return start + (end - start) * done
-
-
-def is_ever_active(weight: Weight) -> bool:
-    """False for a weight that is 0 throughout, so that its loss need not be built."""
-    return weight != 0

@@ -80,12 +80,6 @@ class TeacherConfig(ModelConfig):
         return self
 
 
-class BaselineConfig(Block):
-    """The plain twin that the student is compared with; trained first when its artefact is missing."""
-
-    recipe: str
-
-
 class MethodBlock(BaseModel):
     """What the recipe says about one loss. All other keys of the block belong to the method's own Config."""
 
@@ -197,7 +191,7 @@ class TrainConfig(Block):
     max_steps: int | None = Field(None, gt=0)
     """Optimiser steps; overrides `num_train_epochs`."""
     optim: str = "adamw"
-    """Any optimiser of `timm.optim`: sgd, adamw, lamb, …"""
+    """Any optimiser of `timm.optim`: adamw, lamb, `momentum` (plain SGD), `sgd` (SGD with Nesterov momentum), …"""
     learning_rate: float = Field(5e-4, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     decay_norm_and_bias: bool = False
@@ -237,7 +231,8 @@ class TrainConfig(Block):
     metric_for_best_model: str = "eval_top1"
     greater_is_better: bool = True
     resume_from_checkpoint: str | bool | None = None
-    """A checkpoint folder, or true for the newest one of `output_dir`."""
+    """By default an unfinished run of the same recipe in `output_dir` is continued (to the bit); true demands one,
+    false starts over, a path names a checkpoint folder."""
     report_to: list[str] = Field(default_factory=list)
     """Trackers, by accelerate's names: tensorboard, wandb, trackio, …"""
     use_cpu: bool = False
@@ -272,7 +267,9 @@ class Recipe(Block):
     teacher: TeacherConfig | None = None
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     """Several teachers by name, instead of `teacher`."""
-    baseline: BaselineConfig | None = None
+    baseline: Literal["train"] | float | None = None
+    """What the student is compared with: a known top-1 in percent, or `train`: the same student, data, seed and steps
+    without teacher and methods (and without unlabelled images) is trained too."""
     methods: dict[str, MethodBlock] = Field(default_factory=dict)
     """Losses by method name; `task` is the ordinary loss on labels and is there with weight 1 unless changed."""
     data: DataConfig

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +53,17 @@ def seed_python(*parts: int | str) -> None:
     key = hash_key(*parts) & MASK64
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
+
+
+@contextmanager
+def python_state_kept() -> Iterator[None]:
+    """Leave Python's and numpy's global generators as they were, whatever :func:`seed_python` does inside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 class Draws:

@@ -7,29 +7,23 @@ number (draws are arguments), never holds its outer weight (the recipe does), an
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import entry_points
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from kd_hf.data.draws import Draws
-from kd_hf.errors import UserError, nearest
+from kd_hf.errors import UserError
 from kd_hf.models.info import ModelInfo, Shapes
-
-ENTRY_POINTS = "kd_hf.methods"
 
 
 class MethodConfig(BaseModel):
     """Options of a method; subclasses add fields with the paper's values as defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
@@ -104,13 +98,13 @@ class Method(nn.Module):
         """No options."""
 
     @classmethod
-    def needs(cls, cfg: MethodConfig, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
-        """Say what is read. Raises :class:`UserError` when these networks cannot serve the method."""
+    def needs(cls, cfg: Any, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
+        """Say what is read; `cfg` is a `cls.Config`. Raises :class:`UserError` when these networks cannot serve."""
         raise NotImplementedError
 
     def __init__(
         self,
-        cfg: MethodConfig,
+        cfg: Any,
         student: Shapes,
         teacher: Shapes | None,
         parts: Mapping[str, nn.Module],
@@ -135,41 +129,16 @@ class Method(nn.Module):
         return Cost(parameters=sum(p.numel() for p in self.parameters()))
 
 
-def require_teacher(name: str, teacher: ModelInfo | None, student: ModelInfo) -> ModelInfo:
-    """Refuse a missing teacher, or one with another number of classes, in the words of the recipe."""
+def require_teacher(name: str, teacher: ModelInfo | None, student: ModelInfo, same_classes: bool = True) -> ModelInfo:
+    """Refuse a missing teacher, or one with another number of classes, in the words of the recipe.
+
+    A method that compares features only passes ``same_classes=False``.
+    """
     if teacher is None:
         raise UserError(f"methods.{name} needs a teacher; add a `teacher:` block to the recipe")
-    if teacher.num_classes != student.num_classes:
+    if same_classes and teacher.num_classes != student.num_classes:
         raise UserError(
             f"methods.{name}: the teacher '{teacher.name}' has {teacher.num_classes} classes and the student "
             f"'{student.name}' has {student.num_classes}; logits can only be compared class by class"
         )
     return teacher
-
-
-@cache
-def method_names() -> tuple[str, ...]:
-    """Names of all methods: this folder's and those other packages register."""
-    import kd_hf.methods as folder
-
-    own = [m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in ("base", "projectors", "losses")]
-    return tuple(sorted({*own, *(entry.name for entry in entry_points(group=ENTRY_POINTS))}))
-
-
-def get_method(name: str) -> type[Method]:
-    """Return the method class called `name`. Raises :class:`UserError` with the nearest name."""
-    if name not in method_names():
-        raise UserError(f"unknown method '{name}'.{nearest(name, method_names())}")
-    for entry in entry_points(group=ENTRY_POINTS, name=name):
-        return _checked(entry.load(), name)
-    module = importlib.import_module(f"kd_hf.methods.{name}")
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, Method) and getattr(value, "name", None) == name:
-            return value
-    raise UserError(f"kd_hf/methods/{name}.py defines no Method with name = '{name}'")
-
-
-def _checked(value: object, name: str) -> type[Method]:
-    if isinstance(value, type) and issubclass(value, Method):
-        return value
-    raise UserError(f"the entry point '{name}' of group {ENTRY_POINTS} is not a kd_hf.methods.base.Method: {value!r}")

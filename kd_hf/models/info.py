@@ -43,7 +43,8 @@ class ModelInfo:
     stages: tuple[Stage, ...] = ()
     blocks: tuple[str, ...] = ()  # module paths
     prefix: tuple[str, ...] = ()  # e.g. ("cls",) or ("cls", "dist")
-    norm: str | None = None  # module path of the final norm over the token sequence
+    block_prefix: tuple[str, ...] = ()  # those of them that the blocks already carry (CaiT adds its class token later)
+    norm: str | None = None  # module whose output is the final token sequence (an Identity where pooling comes first)
     head: str | None = None  # module path of the classifier
     dist_head: str | None = None  # module path of the distillation token's classifier
     parameters: int = 0

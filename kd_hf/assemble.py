@@ -1,0 +1,173 @@
+"""From a recipe to built parts: networks with their taps, methods, the module that is trained. No data is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kd_hf.config import ModelConfig, Recipe, StudentConfig, TeacherConfig
+from kd_hf.data.draws import hash_key
+from kd_hf.distill import TASK, Choice, DistillModule, build_methods, choose_methods, taps_of
+from kd_hf.errors import UserError
+from kd_hf.models.handle import ModelHandle
+from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
+from kd_hf.models.load import load_model
+from kd_hf.models.taps import TappedModel, resolve_tap, tap_shapes
+
+
+@dataclass
+class Assembly:
+    """Everything a recipe names, built. `module` is what is trained; `teachers` are networks only."""
+
+    recipe: Recipe
+    student: ModelHandle
+    teachers: dict[str, ModelHandle]
+    tapped_teachers: dict[str, TappedModel]
+    choices: tuple[Choice, ...]
+    module: DistillModule
+    shapes: dict[str, Shapes]  # by model name ("student" or the teacher's), taps by tap name
+
+    def views(self) -> dict[str, Preprocessing]:
+        """How each network's training view looks, by model name; the student comes first."""
+        handles = {"student": self.student, **self.teachers}
+        return {name: view_of(handle.info, self.config_of(name), self.recipe) for name, handle in handles.items()}
+
+    def config_of(self, name: str) -> ModelConfig:
+        """The recipe's block of a network."""
+        return self.recipe.student if name == "student" else self.recipe.all_teachers()[name]
+
+
+def view_of(info: ModelInfo, cfg: ModelConfig, recipe: Recipe) -> Preprocessing:
+    """The view training feeds a network: its own preprocessing at the size the recipe gives."""
+    return replace(info.preprocessing, image_size=_image_size(cfg, recipe) or info.preprocessing.image_size)
+
+
+def _image_size(cfg: ModelConfig, recipe: Recipe) -> int | None:
+    return cfg.image_size or recipe.data.image_size
+
+
+def assemble(recipe: Recipe, num_classes: int | None = None, device: str | torch.device = "cpu") -> Assembly:
+    """Build networks and methods.
+
+    Args:
+        recipe: the run; teachers given by `recipe:` must have been resolved to folders.
+        num_classes: classes of the data, for the student's head; the student's own when None.
+        device: "meta" builds shapes only, without memory or weights.
+    """
+    seed = recipe.train.seed
+    torch.manual_seed(hash_key(seed, "student") & 0x7FFFFFFFFFFFFFFF)
+    student = _load(recipe.student, recipe, recipe.student.num_classes or num_classes, device)
+    teachers = {name: _load(cfg, recipe, cfg.num_classes, device) for name, cfg in recipe.all_teachers().items()}
+    infos = {name: handle.info for name, handle in teachers.items()}
+    choices = choose_methods(recipe, student.info, infos)
+    tapped = TappedModel(
+        student, student.info, taps_of(choices), dist_head=any(choice.needs.dist_head for choice in choices)
+    )
+    shapes = {"student": _shapes(tapped, student.info, recipe.student, recipe)}
+    parts: dict[str, Mapping[str, nn.Module]] = {}
+    tapped_teachers = {}
+    for name, handle in teachers.items():
+        tapped_teachers[name] = TappedModel(handle, handle.info, taps_of(choices, name))
+        shapes[name] = _shapes(tapped_teachers[name], handle.info, recipe.all_teachers()[name], recipe)
+        needed = {part for choice in choices if choice.teacher == name for part in choice.needs.parts}
+        parts[name] = {part: live_part(handle, part) for part in sorted(needed)}
+    torch.manual_seed(hash_key(seed, "methods") & 0x7FFFFFFFFFFFFFFF)
+    with torch.device(device):
+        methods = build_methods(choices, shapes["student"], shapes, parts)
+    if recipe.train.activation_checkpointing:
+        enable_checkpointing(student.network)
+    module = DistillModule(tapped, methods, choices)
+    return Assembly(recipe, student, teachers, tapped_teachers, choices, module, shapes)
+
+
+def live_part(handle: ModelHandle, part: str) -> nn.Module:
+    """A module of a teacher that a method runs itself: ``head`` (the classifier), or the module behind a tap."""
+    if part != "head":
+        return handle.network.get_submodule(resolve_tap(handle.info, part).path)
+    if handle.info.head is None:
+        raise UserError(f"teacher {handle.info.name} has no classifier that could be used apart")
+    return handle.network.get_submodule(handle.info.head)
+
+
+def enable_checkpointing(network: nn.Module) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    if hasattr(network, "gradient_checkpointing_enable"):
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    elif hasattr(network, "set_grad_checkpointing"):
+        network.set_grad_checkpointing(True)
+    else:
+        raise UserError("train.activation_checkpointing: this student does not support it")
+
+
+def _load(
+    cfg: StudentConfig | TeacherConfig, recipe: Recipe, num_classes: int | None, device: str | torch.device
+) -> ModelHandle:
+    if cfg.model is None:
+        raise UserError(f"the teacher of {getattr(cfg, 'recipe', None)} has not been trained yet")
+    weightless = str(device) == "meta"
+    return load_model(
+        cfg.model,
+        pretrained=cfg.pretrained and not weightless,
+        num_classes=num_classes,
+        image_size=_image_size(cfg, recipe),
+        revision=cfg.revision,
+        kwargs=cfg.kwargs,
+        drop_path=getattr(cfg, "drop_path", None),
+        preprocessing=cfg.preprocessing,
+        trust_remote_code=cfg.trust_remote_code,
+        device=device,
+    )
+
+
+def _shapes(model: TappedModel, info: ModelInfo, cfg: ModelConfig, recipe: Recipe) -> Shapes:
+    return Shapes(info.num_classes, tap_shapes(model, view_of(info, cfg, recipe).image_size))
+
+
+def teacher_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """Recipes of the teachers that are to be trained by this project, by teacher name."""
+    from kd_hf.recipe import load_recipe
+
+    return {name: load_recipe(cfg.recipe) for name, cfg in recipe.all_teachers().items() if cfg.recipe}
+
+
+def with_trained_teachers(recipe: Recipe) -> Recipe:
+    """The recipe with every `teacher.recipe` replaced by the folder its student lies in."""
+    folders = {name: trained.train.output_dir for name, trained in teacher_recipes(recipe).items()}
+    return _replace_teachers(recipe, {name: {"model": folder} for name, folder in folders.items()})
+
+
+def with_untrained_teachers(recipe: Recipe) -> Recipe:
+    """The recipe with every `teacher.recipe` replaced by the network that recipe trains, without its weights."""
+    students = {name: other.student for name, other in teacher_recipes(recipe).items()}
+    same = ("model", "revision", "num_classes", "image_size", "preprocessing", "kwargs", "trust_remote_code")
+    changes = {name: {key: getattr(student, key) for key in same} for name, student in students.items()}
+    return _replace_teachers(recipe, changes)
+
+
+def _replace_teachers(recipe: Recipe, changes: Mapping[str, Mapping[str, object]]) -> Recipe:
+    found = {
+        name: cfg.model_copy(update={**changes[name], "recipe": None}) if name in changes else cfg
+        for name, cfg in recipe.all_teachers().items()
+    }
+    return recipe.model_copy(update={"teacher": found["teacher"]} if recipe.teacher else {"teachers": found})
+
+
+def plain_twin(recipe: Recipe) -> Recipe:
+    """The same student, data, seed and steps without teacher and methods, on labelled images only."""
+    task = recipe.methods.get(TASK)
+    kept = {TASK: task.model_copy(update={"weight": 1.0, "until": None})} if task else {}
+    folder = str(Path(recipe.train.output_dir) / "plain")
+    return recipe.model_copy(
+        update={
+            "teacher": None,
+            "teachers": {},
+            "baseline": None,
+            "methods": kept,
+            "data": recipe.data.model_copy(update={"unlabelled": "drop"}),
+            "train": recipe.train.model_copy(update={"output_dir": folder}),
+        }
+    )

@@ -1,0 +1,157 @@
+"""What a run tells others: the state callbacks see, the JSON-lines log, the progress bar.
+
+Callbacks follow transformers' protocol (``on_step_end(args, state, control, **kwargs)`` and so on), so
+``transformers.TrainerCallback`` objects work; nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kd_hf.checkpoint import write_text
+
+LOG = "log.jsonl"
+
+
+@dataclass
+class TrainerState:
+    """Progress of a run, under transformers' names."""
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    num_train_epochs: float = 0.0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    is_world_process_zero: bool = True
+    is_local_process_zero: bool = True
+
+
+@dataclass
+class TrainerControl:
+    """Requests a callback may make."""
+
+    should_training_stop: bool = False
+    should_epoch_stop: bool = False
+    should_save: bool = False
+    should_evaluate: bool = False
+    should_log: bool = False
+
+
+class CallbackList:
+    """Calls every callback's method of an event, if it has one."""
+
+    def __init__(self, args: Any, callbacks: Iterable[Any] = ()) -> None:
+        self.args = args
+        self.callbacks = [made() if isinstance(made, type) else made for made in callbacks]
+
+    def add(self, callback: Any) -> None:
+        """Add a callback, class or instance."""
+        self.callbacks.append(callback() if isinstance(callback, type) else callback)
+
+    def remove(self, callback: Any) -> None:
+        """Remove a callback by instance or by class."""
+        self.callbacks = [kept for kept in self.callbacks if kept is not callback and type(kept) is not callback]
+
+    def call(self, event: str, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Run ``callback.<event>(args, state, control, **kwargs)`` for all."""
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                method(self.args, state, control, **kwargs)
+
+
+class JsonLines:
+    """``log.jsonl``: one object a line, the single source for plots and comparisons."""
+
+    def __init__(self, folder: Path, keep_until: int) -> None:
+        """Continue the log of `folder`, forgetting what was written after step `keep_until`."""
+        self.path = folder / LOG
+        kept = [line for line in read_log(folder) if line.get("step", 0) <= keep_until] if keep_until else []
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line; non-finite numbers become null, which is what JSON has."""
+        clean = {key: None if value != value or value in (float("inf"), float("-inf")) else value
+                 for key, value in values.items()}  # fmt: skip
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; a last line cut off by a kill is left out."""
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    values = []
+    for line in lines:
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            continue
+    return values
+
+
+class Progress:
+    """The progress bar of one run, on the main process only; plain lines when nobody watches a terminal."""
+
+    def __init__(self, total: int, start: int, images_per_step: int, enabled: bool) -> None:
+        self.enabled = enabled
+        self.images_per_step = images_per_step
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (enabled and watched()),
+            file=sys.stderr,
+        )
+        self._last = (time.perf_counter(), start)
+
+    def advance(self) -> None:
+        """One step done."""
+        self.bar.update(1)
+
+    def rate(self, step: int) -> float:
+        """Images per second since the last call."""
+        now = time.perf_counter()
+        (before, from_step), self._last = self._last, (now, step)
+        return (step - from_step) * self.images_per_step / max(now - before, 1e-9)
+
+    def show(self, values: dict[str, Any], step: int, total: int) -> None:
+        """Loss parts and rate: behind the bar, or as a line where there is no terminal."""
+        shown = {k: f"{v:.4g}" for k, v in values.items() if k.startswith("loss") or k in ("lr", "images_per_second")}
+        if not self.bar.disable:
+            self.bar.set_postfix(shown)
+        elif self.enabled:
+            left = (total - step) * self.images_per_step / max(values.get("images_per_second", 0.0), 1e-9)
+            text = "  ".join(f"{key} {value}" for key, value in shown.items())
+            self.say(f"step {step}/{total}  {text}  {_clock(left)} left")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.enabled:
+            self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()
+
+
+def watched() -> bool:
+    """Whether a person sees the standard error as it moves, so that bars make sense."""
+    return sys.stderr.isatty()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

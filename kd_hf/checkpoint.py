@@ -1,0 +1,173 @@
+"""Checkpoints as folders that either exist whole or not at all, and what is kept of them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kd_hf.errors import UserError
+
+PREFIX = "checkpoint-"
+STATE = "state.json"
+FORMAT = 1
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Write a folder so that `target` is never half there: yields a temporary sibling, renamed at the end.
+
+    An existing `target` stays until the new one is complete. A full disk becomes a :class:`UserError`
+    and leaves nothing behind.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".tmp-{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _fsync(path)
+        if target.exists():
+            aside = target.parent / f".old-{target.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
+            temporary.rename(target)
+            shutil.rmtree(aside)
+        else:
+            temporary.rename(target)
+        _fsync(target.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _disk_is_full(error):
+            raise UserError(f"no space left on the disk while writing {target}; nothing there was changed") from None
+        raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """safetensors and torch wrap the system's error, so its words are looked for too."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _fsync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if _disk_is_full(error):
+            raise UserError(f"no space left on the disk while writing {path}; nothing there was changed") from None
+        raise
+
+
+def save_checkpoint(
+    folder: Path,
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    objects: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write one checkpoint folder atomically.
+
+    Args:
+        folder: e.g. ``runs/x/checkpoints/checkpoint-300``.
+        state: JSON values (step, recipe hash, …), written as ``state.json``.
+        tensors: file stem → flat state dict, written as safetensors.
+        objects: file stem → state dict of tensors and plain numbers (optimiser), written by torch.
+    """
+    with atomic_folder(folder) as temporary:
+        for name, values in tensors.items():
+            # contiguous copies: safetensors refuses views and tensors that share memory
+            flat = {key: value.detach().cpu().contiguous().clone() for key, value in values.items()}
+            save_file(flat, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+        for name, values in objects.items():
+            torch.save(dict(values), temporary / f"{name}.pt")
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        text = json.dumps({**state, "format": FORMAT, "files": sizes}, indent=1)
+        (temporary / STATE).write_text(text, encoding="utf-8")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint, after checking that every file is there and whole."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is not a kd_hf checkpoint: it has no readable {STATE}") from None
+    if state.get("format") != FORMAT:
+        raise UserError(f"{folder} was written by another version of kd_hf (format {state.get('format')})")
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise UserError(f"{folder} is damaged: {name} is missing or has another size; use an earlier checkpoint")
+    return state
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """A state dict written by :func:`save_checkpoint` under `tensors`, on the CPU."""
+    try:
+        return load_file(folder / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged: cannot read {name}.safetensors ({error})") from None
+
+
+def load_objects(folder: Path, name: str) -> dict[str, Any]:
+    """A state dict written under `objects`; only tensors and plain values are unpickled."""
+    try:
+        return torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{folder} is damaged: cannot read {name}.pt ({error})") from None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints under `folder`, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if (path / STATE).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step in a checkpoint folder's name."""
+    digits = checkpoint.name.removeprefix(PREFIX)
+    return int(digits) if digits.isdigit() else -1
+
+
+def prune(folder: Path, keep: int | None, best: int | None, report: Callable[[str], None] = lambda _: None) -> None:
+    """Delete all but the newest `keep` checkpoints and the one of step `best`. None keeps all."""
+    if keep is None:
+        return
+    for path in list_checkpoints(folder)[:-keep]:
+        if step_of(path) != best:
+            shutil.rmtree(path)
+            report(f"deleted {path}")
+
+
+def clear_run(folder: Path) -> None:
+    """Delete what a run writes into its folder, and nothing else."""
+    for name in ("checkpoints", "student", "report"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("log.jsonl", "recipe.resolved.yaml"):
+        (folder / name).unlink(missing_ok=True)

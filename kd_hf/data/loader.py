@@ -1,0 +1,279 @@
+"""Batches: every micro step of a run is a pure function of its number, so any process can produce any of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd_hf.config import DataConfig
+from kd_hf.data.draws import hash_key, python_state_kept
+from kd_hf.data.mix import Erasing, Mixing, batch_mixing, check_mixing, draw_erasing, is_mixing
+from kd_hf.data.order import EpochOrder, Layout, spread_rows
+from kd_hf.data.source import Source
+from kd_hf.data.views import EvalTransform, TrainTransform, UnreadableImage, ViewPlan, plan_views
+from kd_hf.errors import UserError
+from kd_hf.models.info import Preprocessing
+
+Transform = Callable[[bytes, int], dict[str, np.ndarray]]
+MAX_SKIP = 100  # consecutive unreadable rows after which something else must be wrong
+
+
+@dataclass
+class Batch:
+    """One rank's images of one micro step, before they are normalised, erased and mixed on the device."""
+
+    views: dict[str, Tensor]
+    """uint8 ``[B, 3, S, S]`` per view."""
+    label: Tensor
+    """int64 ``[B]``; -1 where there is none."""
+    row: Tensor
+    """int64 ``[B]``: rows of the source (-1 for padding)."""
+    key: Tensor
+    """int64 ``[B]``: names the sample's random numbers."""
+    valid: Tensor
+    """bool ``[B]``: false for padding and, in evaluation, for unreadable images."""
+    view_of: dict[str, str]
+    """Network name → its view."""
+    epoch: int = 0
+    mixing: tuple[Mixing, ...] | None = None
+    """Coefficients of Mixup and CutMix; None when the recipe does not mix."""
+    erasing: tuple[Erasing, ...] = ()
+    corrupt: list[int] = field(default_factory=list)
+    """Rows that could not be read: replaced in training, not valid in evaluation."""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return dataclasses.replace(
+            self,
+            views={name: function(view) for name, view in self.views.items()},
+            label=function(self.label),
+            row=function(self.row),
+            key=function(self.key),
+            valid=function(self.valid),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with all tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by the DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+
+class _Assembler:
+    """Fills the tensors of a batch sample by sample."""
+
+    def __init__(self, plan: ViewPlan, size: int) -> None:
+        self.view_of = plan.view_of
+        self.views = {
+            name: np.zeros((size, 3, spec.image_size, spec.image_size), np.uint8) for name, spec in plan.views.items()
+        }
+        self.label, self.row = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
+        self.key, self.valid = np.zeros(size, np.int64), np.zeros(size, bool)
+
+    def put(self, position: int, views: dict[str, np.ndarray], label: int, row: int, key: int) -> None:
+        for name, view in views.items():
+            self.views[name][position] = view
+        self.label[position], self.row[position], self.key[position] = label, row, key
+        self.valid[position] = True
+
+    def batch(self, **rest: Any) -> Batch:
+        label, row, key, valid = (torch.from_numpy(array) for array in (self.label, self.row, self.key, self.valid))
+        views = {name: torch.from_numpy(view) for name, view in self.views.items()}
+        return Batch(views, label, row, key, valid, dict(self.view_of), **rest)
+
+
+class TrainBatches(Dataset[Batch]):
+    """The training batches of one rank, by micro step over the whole run."""
+
+    def __init__(self, source: Source, cfg: DataConfig, plan: ViewPlan, layout: Layout, seed: int) -> None:
+        check_mixing(cfg.augment, layout.per_device)
+        self.source, self.augment, self.plan, self.layout, self.seed = source, cfg.augment, plan, layout, seed
+        self.transform = TrainTransform(plan, cfg.augment)
+        self.order = EpochOrder(source.group_sizes, seed, cfg.shuffle_block, cfg.augment.repeats, layout.global_batch)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Build the batch of micro step `index`."""
+        epoch, start = self.layout.locate(index, self.order.steps_per_epoch)
+        count = self.layout.per_device
+        rows, repeats = self.order.rows(epoch, start, start + count)
+        keys = [
+            hash_key(self.seed, epoch, row, repeat) for row, repeat in zip(rows.tolist(), repeats.tolist(), strict=True)
+        ]
+        assembler = _Assembler(self.plan, count)
+        corrupt: list[int] = []
+        with python_state_kept():
+            for position, (row, key) in enumerate(zip(rows.tolist(), keys, strict=True)):
+                views, label, used = self._readable(row, key, corrupt)
+                assembler.put(position, views, label, used, key)
+        return assembler.batch(
+            epoch=epoch, mixing=self._mixing(epoch, start), erasing=self._erasing(keys), corrupt=corrupt
+        )
+
+    def _erasing(self, keys: Sequence[int]) -> tuple[Erasing, ...]:
+        boxes = (draw_erasing(self.augment.erasing, self.plan.size, key) for key in keys)
+        return tuple(Erasing(position, box) for position, box in enumerate(boxes) if box is not None)
+
+    def _readable(self, row: int, key: int, corrupt: list[int]) -> tuple[dict[str, np.ndarray], int, int]:
+        """(views, label, row) of the first readable row from `row` on; the others are added to `corrupt`."""
+        reason: Exception | None = None
+        for candidate in range(row, row + min(MAX_SKIP, len(self.source))):
+            candidate %= len(self.source)
+            try:
+                data, label = self.source.read(candidate)
+                return self.transform(data, key), label, candidate
+            except (UnreadableImage, OSError) as error:
+                corrupt.append(candidate)
+                reason = error
+        raise UserError(
+            f"data.path: no readable image in {self.source.describe()} from row {row} on (tried {len(corrupt)});"
+            f" the last reason was: {reason}"
+        )
+
+    def _mixing(self, epoch: int, start: int) -> tuple[Mixing, ...] | None:
+        if not is_mixing(self.augment):
+            return None
+        layout = self.layout
+        return batch_mixing(
+            self.augment, self.seed, epoch, start, layout.per_device, layout.global_batch, self.plan.size
+        )
+
+
+class EvalBatches(Dataset[Batch]):
+    """The evaluation batches of one rank. All ranks have the same number, the last ones padded."""
+
+    def __init__(self, source: Source, plan: ViewPlan, layout: Layout, max_samples: int | None = None) -> None:
+        self.source, self.plan, self.layout = source, plan, layout
+        self.transform: Transform = EvalTransform(plan)
+        count = len(source) if max_samples is None else max_samples
+        self.rows = spread_rows(source.group_sizes, count)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // (self.layout.per_device * self.layout.world))
+
+    def __getitem__(self, index: int) -> Batch:
+        """Build batch number `index`: consecutive rows, dealt to the ranks in turn."""
+        size = self.layout.per_device
+        start = (index * self.layout.world + self.layout.rank) * size
+        assembler = _Assembler(self.plan, size)
+        corrupt = []
+        for position, row in enumerate(self.rows[start : start + size].tolist()):
+            try:
+                data, label = self.source.read(row)
+                assembler.put(position, self.transform(data, 0), label, row, hash_key(row))
+            except (UnreadableImage, OSError):
+                corrupt.append(row)
+        return assembler.batch(corrupt=corrupt)
+
+
+class _Guarded(Dataset["Batch | UserError"]):
+    """Hands a :class:`UserError` over as a value: the DataLoader would bury the message of a raised one under a
+    worker's traceback."""
+
+    def __init__(self, batches: Dataset[Batch]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, index: int) -> Batch | UserError:
+        try:
+            return self.batches[index]
+        except UserError as error:
+            return error
+
+
+class BatchLoader:
+    """Iterates over whole batches with a DataLoader; a worker's :class:`UserError` is raised as it was."""
+
+    def __init__(
+        self, batches: Dataset[Batch], indices: Sequence[int], workers: int, prefetch_factor: int, pin_memory: bool
+    ) -> None:
+        self.batches = batches
+        self.dataloader = DataLoader(
+            _Guarded(batches),
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_it_is,
+            persistent_workers=workers > 0,
+            prefetch_factor=prefetch_factor if workers else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataloader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self.dataloader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def train_loader(
+    source: Source,
+    cfg: DataConfig,
+    views: Mapping[str, Preprocessing],
+    *,
+    per_device: int,
+    world: int = 1,
+    rank: int = 0,
+    accumulation: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+    total_steps: int,
+    workers: int = 0,
+    prefetch_factor: int = 2,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """This rank's micro batches of optimiser steps ``start_step … total_steps - 1``, in order.
+
+    The batches do not depend on `workers`, nor on where the run was resumed; the global batch (the union over
+    ranks and accumulation) does not depend on how it is divided.
+
+    Raises:
+        UserError: a batch larger than the data set, an odd batch with mixing, repeats that do not divide it.
+    """
+    layout = Layout(per_device, world, rank, accumulation)
+    batches = TrainBatches(source, cfg, plan_views(views, training=True), layout, seed)
+    indices = range(start_step * accumulation, total_steps * accumulation)
+    return BatchLoader(batches, indices, workers, prefetch_factor, pin_memory)
+
+
+def eval_loader(
+    source: Source,
+    views: Mapping[str, Preprocessing],
+    *,
+    batch_size: int,
+    world: int = 1,
+    rank: int = 0,
+    workers: int = 0,
+    max_samples: int | None = None,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """This rank's evaluation batches: each row once over all ranks, the same number of batches on every rank.
+
+    Args:
+        source: of the images.
+        views: preprocessing by network name.
+        batch_size: images per rank and batch; padding has ``valid = False``.
+        world: number of ranks.
+        rank: of this process.
+        workers: processes that decode.
+        max_samples: look at this many images only, spread over the whole set.
+        pin_memory: hand over page-locked tensors.
+    """
+    batches = EvalBatches(source, plan_views(views), Layout(batch_size, world, rank), max_samples)
+    return BatchLoader(batches, range(len(batches)), workers, 2, pin_memory)

@@ -1,0 +1,343 @@
+"""From encoded bytes to what each network wants to see: one decode, one set of draws, one view per kind of input."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from kd_hf.config import AugmentConfig, CropConfig
+from kd_hf.data.draws import Draws, generator, seed_python
+from kd_hf.data.mix import Erasing, mix_images_, mix_target
+from kd_hf.errors import UserError, nearest
+from kd_hf.methods.base import Target
+from kd_hf.models.info import Preprocessing
+
+if TYPE_CHECKING:
+    from kd_hf.data.loader import Batch
+
+ENHANCERS: Mapping[str, Callable[[Image.Image], Any]] = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
+CROP_ATTEMPTS = 10
+
+
+class UnreadableImage(Exception):
+    """Bytes that no image comes out of."""
+
+
+# --- planning -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """Which networks share a uint8 view. A view is named after its first network; the first of all is the reference.
+
+    Crops, erasing boxes and CutMix boxes are drawn in pixels of the reference view.
+    """
+
+    models: Mapping[str, Preprocessing]
+    view_of: Mapping[str, str]
+
+    @property
+    def views(self) -> dict[str, Preprocessing]:
+        """Preprocessing by view name, the reference first."""
+        return {name: self.models[name] for name in dict.fromkeys(self.view_of.values())}
+
+    @property
+    def reference(self) -> str:
+        """Name of the network whose view the draws refer to: the student."""
+        return next(iter(self.models))
+
+    @property
+    def size(self) -> int:
+        """Side of the reference view in pixels."""
+        return self.models[self.reference].image_size
+
+
+def plan_views(specs: Mapping[str, Preprocessing], training: bool = False) -> ViewPlan:
+    """Decide which networks can share a view.
+
+    Args:
+        specs: preprocessing by network name, the student first.
+        training: compare only size and interpolation, since crop_pct and crop_mode have no part in a random
+            crop; otherwise these must agree too. Mean and std never matter: they are applied on the device.
+
+    Raises:
+        UserError: an interpolation that Pillow does not know.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    view_of = {}
+    for name, spec in specs.items():
+        if spec.interpolation.upper() not in Image.Resampling.__members__:
+            known = [member.lower() for member in Image.Resampling.__members__]
+            raise UserError(
+                f"preprocessing.interpolation of '{name}': unknown '{spec.interpolation}'."
+                f"{nearest(spec.interpolation, known)}"
+            )
+        view_of[name] = first.setdefault(_view_key(spec, training), name)
+    return ViewPlan(dict(specs), view_of)
+
+
+def _view_key(spec: Preprocessing, training: bool) -> tuple[object, ...]:
+    key = (spec.image_size, spec.interpolation)
+    if training:
+        return key
+    # a border is filled with the mean colour, so there the mean is part of the pixels
+    return (*key, spec.crop_pct, spec.crop_mode, spec.mean if spec.crop_mode == "border" else None)
+
+
+# --- host side: bytes to uint8 ------------------------------------------------------------------------------------
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode to RGB: 16-bit grey by its high byte, alpha dropped, EXIF orientation ignored (as timm does).
+
+    Raises:
+        UnreadableImage: whatever Pillow has against these bytes.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        image.load()
+        if image.mode.startswith("I"):
+            return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, …
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One sample's draws, the same for all its views."""
+
+    box: tuple[int, int, int, int] | None = None
+    """(left, top, right, bottom) on the decoded image; None is the whole of it."""
+    shift: tuple[float, float] = (0.0, 0.0)
+    """(x, y) by which the resized image is moved, as fractions of the view's side."""
+    flip: bool = False
+    jitter: tuple[tuple[str, float], ...] = ()
+    """Enhancers and their factors, in the order of application."""
+
+
+def draw_geometry(augment: AugmentConfig, size: tuple[int, int], reference: int, key: int) -> Geometry:
+    """Draw crop, flip and colour jitter.
+
+    Args:
+        augment: the recipe's block.
+        size: (width, height) of the decoded image.
+        reference: side of the reference view in pixels.
+        key: of the sample.
+    """
+    draws = generator(key, "geometry")
+    crop = augment.crop
+    box = random_resized_box(crop, size, draws) if crop.kind == "random_resized" else None
+    shift = (0.0, 0.0)
+    if crop.kind == "pad":
+        dx, dy = draws.integers(-crop.padding, crop.padding + 1, size=2)
+        shift = (float(dx) / reference, float(dy) / reference)
+    flip = bool(draws.random() < augment.hflip)
+    jitter: tuple[tuple[str, float], ...] = ()
+    if augment.color_jitter and not augment.auto_augment:
+        names = [list(ENHANCERS)[i] for i in draws.permutation(len(ENHANCERS))]
+        low, high = max(0.0, 1.0 - augment.color_jitter), 1.0 + augment.color_jitter
+        jitter = tuple((name, float(draws.uniform(low, high))) for name in names)
+    return Geometry(box, shift, flip, jitter)
+
+
+def random_resized_box(
+    crop: CropConfig, size: tuple[int, int], draws: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """The box of torchvision's RandomResizedCrop, (left, top, right, bottom), for an image of (width, height)."""
+    width, height = size
+    for _ in range(CROP_ATTEMPTS):
+        area = draws.uniform(*crop.scale) * width * height
+        aspect = float(np.exp(draws.uniform(np.log(crop.ratio[0]), np.log(crop.ratio[1]))))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(draws.integers(0, width - w + 1)), int(draws.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height  # no box of this area and aspect fits: the largest central one of an allowed aspect
+    if width / height < crop.ratio[0]:
+        h = min(height, round(w / crop.ratio[0]))
+    elif width / height > crop.ratio[1]:
+        w = min(width, round(h * crop.ratio[1]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def take_view(image: Image.Image, geometry: Geometry, spec: Preprocessing) -> Image.Image:
+    """Crop, resize, shift, flip and jitter a decoded image into a view of ``image_size`` pixels per side."""
+    side = spec.image_size
+    if geometry.box is not None:
+        # not resize(box=…), which would let pixels around the box shine in
+        image = image.crop(geometry.box)
+    view = image.resize((side, side), Image.Resampling[spec.interpolation.upper()])
+    dx, dy = (round(fraction * side) for fraction in geometry.shift)
+    if dx or dy:
+        canvas = Image.new("RGB", view.size)
+        canvas.paste(view, (dx, dy))
+        view = canvas
+    if geometry.flip:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name, factor in geometry.jitter:
+        view = ENHANCERS[name](view).enhance(factor)
+    return view
+
+
+def rand_augment(policy: str, spec: Preprocessing) -> Callable[[Image.Image], Image.Image]:
+    """Build timm's RandAugment for a view, as timm's training transform does; it draws from the global generators.
+
+    Raises:
+        UserError: a policy that timm does not understand.
+    """
+    from timm.data.auto_augment import rand_augment_transform
+
+    hparams = {
+        "translate_const": int(spec.image_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * x)) for x in spec.mean),
+        "interpolation": Image.Resampling[spec.interpolation.upper()],
+    }
+    try:
+        transform = rand_augment_transform(policy, hparams)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(
+            f"data.augment.auto_augment: '{policy}' is not a RandAugment policy of timm, such as 'rand-m9-mstd0.5-inc1'"
+        ) from error
+    for op in transform.ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = partial(_posterize, op.aug_fn)
+    return transform
+
+
+def _posterize(function: Callable[..., Image.Image], image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """The increasing scale ends at 0 bits, which is black; Pillow refuses it."""
+    return function(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
+
+
+class TrainTransform:
+    """Bytes and sample key to one uint8 array ``[3, S, S]`` per view; decodes once and draws once.
+
+    With `auto_augment` it seeds Python's and numpy's global generators, which timm draws from: keep them with
+    :func:`kd_hf.data.draws.python_state_kept` where that matters.
+    """
+
+    def __init__(self, plan: ViewPlan, augment: AugmentConfig) -> None:
+        self.views = plan.views
+        self.size = plan.size
+        self.augment = augment
+        policy = augment.auto_augment
+        self.policies = {name: rand_augment(policy, spec) for name, spec in self.views.items()} if policy else {}
+
+    def __call__(self, data: bytes, key: int) -> dict[str, np.ndarray]:
+        """Raises :class:`UnreadableImage` for bytes that are no image."""
+        image = decode(data)
+        geometry = draw_geometry(self.augment, image.size, self.size, key)
+        return {name: self._view(name, image, geometry, key) for name in self.views}
+
+    def _view(self, name: str, image: Image.Image, geometry: Geometry, key: int) -> np.ndarray:
+        view = take_view(image, geometry, self.views[name])
+        if name in self.policies:
+            seed_python(key, "rand_augment")  # the same operations and magnitudes for every view
+            view = self.policies[name](view)
+        return np.asarray(view).transpose(2, 0, 1)
+
+
+class EvalTransform:
+    """Bytes to one uint8 array ``[3, S, S]`` per view, exactly as timm's evaluation transform."""
+
+    def __init__(self, plan: ViewPlan) -> None:
+        from timm.data.transforms_factory import transforms_imagenet_eval
+
+        self.transforms = {
+            name: transforms_imagenet_eval(
+                img_size=spec.image_size,
+                crop_pct=spec.crop_pct,
+                crop_mode=spec.crop_mode,
+                interpolation=spec.interpolation,
+                mean=spec.mean,
+                std=spec.std,
+                use_prefetcher=True,
+            )
+            for name, spec in plan.views.items()
+        }
+
+    def __call__(self, data: bytes, key: int = 0) -> dict[str, np.ndarray]:
+        """`key` has no effect. Raises :class:`UnreadableImage` for bytes that are no image."""
+        image = decode(data)
+        return {name: transform(image).numpy() for name, transform in self.transforms.items()}
+
+
+# --- device side: uint8 to normalised float -----------------------------------------------------------------------
+
+
+class DeviceStage:
+    """uint8 views to what each network is given: normalised, erased and mixed, without a host–device sync.
+
+    Args:
+        specs: preprocessing by network name, the student first, as the loader was given it.
+        num_classes: K of the target rows.
+    """
+
+    def __init__(self, specs: Mapping[str, Preprocessing], num_classes: int) -> None:
+        self.specs = dict(specs)
+        self.num_classes = num_classes
+        self._columns: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}  # constants, once per device
+
+    def _column(self, values: np.ndarray, device: torch.device) -> Tensor:
+        key = (tuple(values.tolist()), device)
+        if key not in self._columns:
+            self._columns[key] = torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+        return self._columns[key]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Target]:
+        """Return float32 images ``[B, 3, S, S]`` per network, and the target of a batch on the device.
+
+        Boxes are erased with N(0, 1) noise in the normalised space of the view's first network, then images are
+        mixed. Networks that share a view get the very same pixels, noise included: an affine map of the first
+        one's tensor, or that tensor itself when mean and std agree.
+        """
+        done = {view: self._prepare(view, images, batch) for view, images in batch.views.items()}
+        images = {name: self._renormalise(done[view], view, name) for name, view in batch.view_of.items()}
+        return images, mix_target(batch.label, batch.mixing, self.num_classes)
+
+    def _prepare(self, view: str, images: Tensor, batch: Batch) -> Tensor:
+        spec, device = self.specs[view], images.device
+        mean, std = (self._column(255 * np.asarray(value), device) for value in (spec.mean, spec.std))
+        result = images.to(torch.float32).sub_(mean).div_(std)
+        if batch.erasing:
+            erase_(result, batch.key, batch.erasing)
+        return mix_images_(result, batch.mixing or ())
+
+    def _renormalise(self, images: Tensor, view: str, name: str) -> Tensor:
+        old, new = self.specs[view], self.specs[name]
+        if (old.mean, old.std) == (new.mean, new.std):
+            return images
+        std = np.asarray(new.std)
+        factor = self._column(np.asarray(old.std) / std, images.device)
+        offset = self._column((np.asarray(old.mean) - np.asarray(new.mean)) / std, images.device)
+        return torch.addcmul(offset, images, factor)
+
+
+def erase_(images: Tensor, keys: Tensor, erasing: Sequence[Erasing]) -> Tensor:
+    """Fill the boxes of float images ``[B, 3, H, W]`` with the samples' own N(0, 1) noise, in place."""
+    boxes = [part.box.pixels(*images.shape[-2:]) for part in erasing]
+    areas = [(bottom - top) * (right - left) for top, left, bottom, right in boxes]
+    chosen = torch.stack([keys[part.position] for part in erasing])  # by views: indexing with a list would sync
+    # channels last, so that a sample's noise does not depend on the largest box of its batch
+    noise: Tensor = Draws(chosen).normal("erase", (max(areas), images.shape[1]))
+    for part, (top, left, bottom, right), area, values in zip(erasing, boxes, areas, noise, strict=True):
+        patch = values[:area].view(bottom - top, right - left, images.shape[1])
+        images[part.position, :, top:bottom, left:right] = patch.permute(2, 0, 1)
+    return images

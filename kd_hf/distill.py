@@ -1,0 +1,179 @@
+"""The one module that is trained: the student and everything the methods learn; one forward → named losses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kd_hf.balance import Duration, Ramp, Weight, weight_at
+from kd_hf.config import DataConfig, MethodBlock, Recipe
+from kd_hf.data.draws import Draws
+from kd_hf.data.mix import is_mixing
+from kd_hf.errors import UserError
+from kd_hf.methods import get_method
+from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Target
+from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.models.taps import TappedModel, check_tap
+
+TASK = "task"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One block of the recipe's `methods`, resolved and checked against the networks."""
+
+    name: str
+    method: type[Method]
+    config: MethodConfig
+    needs: Needs
+    weight: Weight
+    until: Duration | None
+    teacher: str | None  # which teacher it reads
+
+    def weight_at(self, step: int, total_steps: int, steps_per_epoch: int) -> float:
+        """Its factor at an optimiser step counted from 0."""
+        return weight_at(self.weight, self.until, step, total_steps, steps_per_epoch)
+
+    @property
+    def may_pause(self) -> bool:
+        """Whether its loss is off during a part of the run."""
+        return self.until is not None or (isinstance(self.weight, Ramp) and self.weight.touches_zero)
+
+
+def choose_methods(recipe: Recipe, student: ModelInfo, teachers: Mapping[str, ModelInfo]) -> tuple[Choice, ...]:
+    """Resolve the recipe's methods for these networks; `task` is added unless the recipe speaks of it.
+
+    Raises:
+        UserError: when a network lacks a tap, a teacher is missing, or the data's labels do not serve a method.
+    """
+    blocks = {TASK: MethodBlock(), **recipe.methods}
+    choices = [_choose(name, block, student, teachers) for name, block in blocks.items()]
+    active = tuple(choice for choice in choices if choice.weight != 0)
+    if not active:
+        raise UserError("methods: every weight is 0, so there is nothing to train")
+    for choice in active:
+        _check_labels(choice, recipe.data)
+    return active
+
+
+def _choose(name: str, block: MethodBlock, student: ModelInfo, teachers: Mapping[str, ModelInfo]) -> Choice:
+    method = get_method(block.method or name)
+    config = method.Config.model_validate(block.options)
+    teacher = block.teacher or (next(iter(teachers)) if len(teachers) == 1 else None)
+    needs = method.needs(config, student, teachers.get(teacher) if teacher else None)
+    reads_teacher = bool(needs.teacher or needs.teacher_logits or needs.parts)
+    if reads_teacher and teacher is None:
+        raise UserError(f"methods.{name}: there are several teachers ({', '.join(teachers)}); say which: `teacher: …`")
+    for tap in needs.student.values():
+        check_tap(student, tap)
+    for tap in needs.teacher.values():
+        check_tap(teachers[teacher], tap)  # type: ignore[index]
+    weight = method.weight if block.weight is None else block.weight
+    return Choice(name, method, config, needs, weight, block.until, teacher if reads_teacher else None)
+
+
+def _check_labels(choice: Choice, data: DataConfig) -> None:
+    if choice.needs.labels == "hard" and is_mixing(data.augment):
+        raise UserError(
+            f"methods.{choice.name} is defined for index labels only, and data.augment mixes images (mixup, cutmix); "
+            "turn mixing off, or use a method for mixed labels (kd, nkd, deit_soft)"
+        )
+
+
+class DistillModule(nn.Module):
+    """Student and methods as one module, so that wrapping, optimising and saving see all that is learned.
+
+    Args:
+        student: the student with the taps that `choices` need.
+        methods: built methods by block name, in the order of `choices`.
+        choices: what the recipe chose.
+    """
+
+    def __init__(self, student: TappedModel, methods: Mapping[str, Method], choices: Sequence[Choice]) -> None:
+        super().__init__()
+        self.student = student
+        self.methods = nn.ModuleDict(methods)
+        self.choices = {choice.name: choice for choice in choices}
+
+    def draw(self, draws: Draws) -> dict[str, Mapping[str, Tensor]]:
+        """Random tensors of every method for a batch, by block name."""
+        return {name: method.draw(draws) for name, method in self._named_methods()}
+
+    def forward(
+        self,
+        pixels: Tensor,
+        teachers: Mapping[str, Outputs],
+        target: Target,
+        draws: Mapping[str, Mapping[str, Tensor]],
+        active: Collection[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Run the student once and every active method on what it gave.
+
+        Args:
+            pixels: normalised student images ``[B, 3, H, W]``.
+            teachers: outputs by teacher name, taps keyed by tap name.
+            target: labels.
+            draws: from :meth:`draw`.
+            active: block names to compute; all by default.
+
+        Returns:
+            Unweighted scalar losses named ``block/part``.
+        """
+        seen = self.student(pixels)
+        losses: dict[str, Tensor] = {}
+        for name, method in self._named_methods():
+            if active is not None and name not in active:
+                continue
+            choice = self.choices[name]
+            teacher = by_role(teachers[choice.teacher], choice.needs.teacher) if choice.teacher else None
+            parts = method(by_role(seen, choice.needs.student), teacher, target, draws[name])
+            losses.update({f"{name}/{part}": value for part, value in parts.items()})
+        return losses
+
+    def _named_methods(self) -> list[tuple[str, Method]]:
+        return list(self.methods.items())  # type: ignore[arg-type]
+
+
+def by_role(outputs: Outputs, roles: Mapping[str, str]) -> Outputs:
+    """The same outputs with the taps a method asked for, under the method's own names."""
+    return Outputs(outputs.logits, outputs.dist_logits, {role: outputs.taps[tap] for role, tap in roles.items()})
+
+
+def taps_of(choices: Sequence[Choice], teacher: str | None = None) -> tuple[str, ...]:
+    """Tap names the choices read from the student, or from the named teacher; each once, in order."""
+    named = (
+        tap
+        for choice in choices
+        if teacher is None or choice.teacher == teacher
+        for tap in (choice.needs.student if teacher is None else choice.needs.teacher).values()
+    )
+    return tuple(dict.fromkeys(named))
+
+
+def build_methods(
+    choices: Sequence[Choice],
+    student: Shapes,
+    teachers: Mapping[str, Shapes],
+    parts: Mapping[str, Mapping[str, nn.Module]],
+) -> dict[str, Method]:
+    """Build the chosen methods from the shapes of their taps.
+
+    Args:
+        choices: what the recipe chose.
+        student: shapes keyed by tap name.
+        teachers: shapes keyed by tap name, by teacher.
+        parts: live teacher modules by part name, by teacher.
+    """
+    built = {}
+    for choice in choices:
+        seen = _shapes_by_role(student, choice.needs.student)
+        taught = _shapes_by_role(teachers[choice.teacher], choice.needs.teacher) if choice.teacher else None
+        live = {part: parts[choice.teacher][part] for part in choice.needs.parts} if choice.teacher else {}
+        built[choice.name] = choice.method(choice.config, seen, taught, live)
+    return built
+
+
+def _shapes_by_role(shapes: Shapes, roles: Mapping[str, str]) -> Shapes:
+    return Shapes(shapes.num_classes, {role: shapes.taps[tap] for role, tap in roles.items()})

@@ -1,0 +1,160 @@
+"""The artefact: a folder that timm or transformers loads without this package, with the same logits to the bit."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kd_hf.models.handle import ModelHandle
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def save_student(
+    handle: ModelHandle,
+    folder: Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a network as a Hub model folder, atomically; an existing folder is replaced as a whole.
+
+    timm networks get timm's layout, which ``timm.create_model("local-dir:…")`` and
+    ``AutoModelForImageClassification`` both read; transformers networks their own, with an image processor.
+    Weights are safetensors.
+
+    Args:
+        handle: the network with its preprocessing and class names.
+        folder: the artefact's folder, e.g. ``run/student``.
+        state_dict: other weights for the same network, e.g. an average; keys as in ``handle.network``.
+        extra_files: further text files by their path in the folder (``README.md``, …).
+
+    Raises:
+        ValueError: `state_dict` does not have the network's keys.
+    """
+    weights = handle.network.state_dict() if state_dict is None else dict(state_dict)
+    different = weights.keys() ^ handle.network.state_dict().keys()
+    if different:
+        raise ValueError(f"state_dict does not fit {handle.info.name}: {sorted(different)[:3]} in one of them only")
+    # a copy on the CPU: safetensors refuses tensors that share memory
+    weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}
+    folder = Path(folder).absolute()
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        {"timm": _write_timm, "transformers": _write_transformers}[handle.info.library](handle, temporary, weights)
+        for name, text in (extra_files or {}).items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target` (which may exist), after everything in it is on the disk.
+
+    Where the system can exchange two names (Linux), `target` exists at every instant; elsewhere an old folder is
+    moved aside first. The old content ends up under the name `new`, or is deleted.
+    """
+    for path in [*new.rglob("*"), new]:
+        _sync(path)
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        aside = target.parent / f".{target.name}.{os.getpid()}.old"
+        target.rename(aside)
+        new.rename(target)
+        shutil.rmtree(aside)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the C library or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+
+
+def _write_timm(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+    from timm.models._hub import save_config_for_hf
+
+    facts = handle.info.preprocessing
+    data = {
+        "input_size": (3, facts.image_size, facts.image_size),
+        "mean": facts.mean,
+        "std": facts.std,
+        "interpolation": facts.interpolation,
+        "crop_pct": facts.crop_pct,
+        "crop_mode": facts.crop_mode,
+    }
+    path = folder / "config.json"
+    save_config_for_hf(handle.network, str(path), model_config=_timm_labels(handle), data_config=data)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers' timm wrapper passes num_classes itself and fails on a second one; the root key serves both
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _timm_labels(handle: ModelHandle) -> dict[str, Any]:
+    """`label_names` and a description of each: ImageNet's words for synset ids, else the name itself."""
+    from timm.data import ImageNetInfo
+
+    if not handle.label_names:
+        return {}
+    words: Any = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    return {
+        "label_names": list(handle.label_names),
+        "label_descriptions": {name: words.get(name, name) for name in handle.label_names},
+    }
+
+
+def _write_transformers(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
+    network: Any = handle.network
+    network.save_pretrained(folder, state_dict=weights)
+    config = copy.deepcopy(network.config)
+    if handle.label_names:
+        config.id2label = dict(enumerate(handle.label_names))
+        config.label2id = {name: index for index, name in enumerate(handle.label_names)}
+    config.save_pretrained(folder)
+    _image_processor(handle).save_pretrained(folder)
+
+
+def _image_processor(handle: ModelHandle) -> Any:
+    """The transformers image processor that does what the network's preprocessing says."""
+    from PIL.Image import Resampling
+    from transformers import BitImageProcessor
+
+    facts = handle.info.preprocessing
+    square = {"height": facts.image_size, "width": facts.image_size}
+    squash = facts.crop_mode == "squash"
+    return BitImageProcessor(
+        size=square if squash else {"shortest_edge": int(facts.image_size / facts.crop_pct + 1e-6)},
+        do_center_crop=not squash,
+        crop_size=square,
+        resample=Resampling[facts.interpolation.upper()],
+        image_mean=list(facts.mean),
+        image_std=list(facts.std),
+    )

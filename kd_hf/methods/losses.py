@@ -1,0 +1,60 @@
+"""Pure functions that several methods share. Every one works on full-precision logits and stays finite."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is when float64: losses must not suffer from autocast."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def frozen(tensor: Tensor) -> Tensor:
+    """A teacher's tensor in full precision and without gradient."""
+    return full_precision(tensor.detach())
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``-T² Σ_k q_k log p_k`` per sample with p, q the softmax of logits / T: ``[B, K], [B, K] → [B]``."""
+    rows = F.softmax(teacher / temperature, dim=1)
+    return F.cross_entropy(student / temperature, rows, reduction="none") * temperature**2
+
+
+def without(logits: Tensor, classes: Tensor) -> Tensor:
+    """Logits ``[B, K]`` with -inf at the class indices ``[B, J]``, so that softmax runs over the other classes.
+
+    Taking the log-sum-exp of the result is exact where ``log(1 - p)`` would overflow because p rounds to 1.
+    """
+    return logits.scatter(1, classes, -torch.inf)
+
+
+def rest_cross_entropy(logits: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+    """``-Σ_{k∉classes} rows_k log p̂_k`` per sample, p̂ the softmax over the classes not in `classes`.
+
+    Args:
+        logits: ``[B, K]``.
+        classes: the removed class indices ``[B, J]``.
+        rows: weights ``[B, K]`` that are 0 at `classes` and sum to 1.
+
+    Returns:
+        ``[B]``.
+    """
+    return without(logits, classes).logsumexp(1) - (rows * logits).sum(1)
+
+
+def labelled(hard: Tensor) -> tuple[Tensor, Tensor]:
+    """Split labels ``[B]`` into a valid index for every sample and a mask that is False where it was -1."""
+    return hard.clamp(min=0), hard >= 0
+
+
+def batch_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Sum of per-sample values ``[B]`` over B. Samples not `counted` add 0 but stay in B.
+
+    Dividing by B and not by the number counted makes the mean over equal slices of a batch the whole batch's.
+    """
+    if counted is not None:
+        values = values.masked_fill(~counted, 0.0)
+    return values.sum() / len(values)

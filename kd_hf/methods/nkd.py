@@ -1,0 +1,65 @@
+"""Normalised knowledge distillation: the target's probability, and the other classes among themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.methods.losses import batch_mean, frozen, full_precision, labelled, rest_cross_entropy, without
+from kd_hf.models.info import ModelInfo
+
+
+class NKD(Method):
+    """``target = -1/B Σ_b q_by log p_by`` and ``nontarget = -γ T²/B Σ_b Σ_{k≠y} q̂_bk log p̂_bk``.
+
+    The target part is always at temperature 1; p̂ and q̂ are the softmax over the K - 1 classes other than y at
+    temperature T. Both parts are cross-entropies. With mixed labels y is the argmax of the row, so the minor
+    class is one of the others. Samples without a label add 0.
+
+    ``temperature`` is 1 on ImageNet and 3 on CIFAR-100; ``gamma`` 1.5 (CNN), 1 (ViT) and 3.5 (CIFAR-100).
+    """
+
+    name = "nkd"
+    paper = Reference(
+        "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and "
+        "Customized Soft Labels",
+        "https://arxiv.org/abs/2303.13005",
+        "https://github.com/yzd-v/cls_KD",
+    )
+
+    class Config(MethodConfig):
+        """Options of NKD."""
+
+        temperature: float = Field(1.0, gt=0)
+        """T: divides the logits of the non-target part only."""
+        gamma: float = Field(1.5, ge=0)
+        """Factor of the non-target part."""
+
+    cfg: Config
+
+    @classmethod
+    def needs(cls, cfg: Any, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
+        """The teacher's logits and labels."""
+        require_teacher(cls.name, teacher, student)
+        return Needs(teacher_logits=True, labels="soft")
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Target, draws: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return ``{"target": scalar, "nontarget": scalar}``, γ included."""
+        assert teacher is not None
+        logits, reference = full_precision(student.logits), frozen(teacher.logits)
+        label, known = labelled(target.hard)
+        confidence = reference.softmax(1).gather(1, label[:, None])[:, 0]
+        temperature = self.cfg.temperature
+        rows = without(reference / temperature, label[:, None]).softmax(1)
+        others = rest_cross_entropy(logits / temperature, label[:, None], rows)
+        return {
+            "target": batch_mean(confidence * F.cross_entropy(logits, label, reduction="none"), known),
+            "nontarget": self.cfg.gamma * temperature**2 * batch_mean(others, known),
+        }

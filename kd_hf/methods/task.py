@@ -1,0 +1,70 @@
+"""The ordinary loss on labels, as a method, so that its weight can be scheduled like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target
+from kd_hf.methods.losses import batch_mean, full_precision
+from kd_hf.models.info import ModelInfo
+
+
+class Task(Method):
+    """Supervised loss of the class head against targets ``Y' = (1 - ε) Y + ε / K``.
+
+    ``cross_entropy``: ``-1/B Σ_b Σ_k Y'_bk log p_bk`` with p = softmax(z); the part is called ``ce``.
+    ``bce``: ``-1/B Σ_b R_k[Y'_bk log σ(z_bk) + (1 - Y'_bk) log(1 - σ(z_bk))]`` with R the mean or the sum
+    over classes; the part is called ``bce``.
+
+    Rows of mixed labels are used as they are. A sample without a label adds 0 and still counts in B.
+    """
+
+    name = "task"
+    paper = Reference(
+        "Rethinking the Inception Architecture for Computer Vision (label smoothing)",
+        "https://arxiv.org/abs/1512.00567",
+    )
+
+    class Config(MethodConfig):
+        """Options of the loss on labels."""
+
+        loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+        """Softmax cross-entropy, or a binary cross-entropy per class."""
+        label_smoothing: float = Field(0.0, ge=0, lt=1)
+        """ε: the share of the target that is spread evenly over all classes."""
+        bce_reduction: Literal["mean", "sum"] = "mean"
+        """How `bce` runs over classes; `sum` is K times larger."""
+
+    cfg: Config
+
+    @classmethod
+    def needs(cls, cfg: Any, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
+        """Labels of any kind, where there are any."""
+        return Needs(labels="optional")
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Target, draws: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return ``{"ce": scalar}`` or ``{"bce": scalar}``."""
+        logits = full_precision(student.logits)
+        known = target.hard >= 0
+        if self.cfg.loss == "bce":
+            return {"bce": batch_mean(self._binary(logits, target), known)}
+        labels = target.hard if target.soft is None else target.soft.to(logits.dtype)
+        losses = F.cross_entropy(
+            logits, labels, ignore_index=-1, label_smoothing=self.cfg.label_smoothing, reduction="none"
+        )
+        return {"ce": batch_mean(losses, known)}
+
+    def _binary(self, logits: Tensor, target: Target) -> Tensor:
+        """Binary cross-entropy over classes, per sample: ``[B]``."""
+        classes = logits.shape[1]
+        smoothing = self.cfg.label_smoothing
+        rows = (1 - smoothing) * target.rows(classes, logits.dtype) + smoothing / classes
+        losses = F.binary_cross_entropy_with_logits(logits, rows, reduction="none")
+        return losses.mean(1) if self.cfg.bce_reduction == "mean" else losses.sum(1)

@@ -1,0 +1,422 @@
+"""The one door to networks: timm or transformers, by Hub id, folder, run folder or architecture name."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kd_hf.config import PreprocessingConfig
+from kd_hf.errors import UserError, nearest
+from kd_hf.models.handle import ModelHandle, Origin, describe_timm, describe_transformers
+from kd_hf.models.info import Preprocessing
+
+WEIGHTS = "model*.safetensors"
+# what constructors and state dict loading raise when a recipe's values do not fit the network
+_BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError)
+# PIL's numbers, which transformers writes, in timm's words
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of :func:`load_model`."""
+
+    model: str
+    pretrained: bool
+    num_classes: int | None
+    image_size: int | None
+    revision: str | None
+    kwargs: Mapping[str, Any]
+    drop_path: float | None
+    preprocessing: PreprocessingConfig | None
+    trust_remote_code: bool
+    device: torch.device | None
+
+    @property
+    def on_meta(self) -> bool:
+        return self.device is not None and self.device.type == "meta"
+
+    @property
+    def weights(self) -> bool:
+        """Whether weights must be read at all: on ``meta`` only the shapes are wanted."""
+        return self.pretrained and not self.on_meta
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a model name turned out to be; `folder` and `config` (its config.json) unless it is only a name."""
+
+    library: str
+    architecture: str
+    folder: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_model(
+    model: str,
+    *,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    revision: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    drop_path: float | None = None,
+    preprocessing: PreprocessingConfig | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> ModelHandle:
+    """Load or build an image classifier, in eval mode and float32.
+
+    Args:
+        model: a folder (timm or transformers layout, or a run folder with ``student/`` in it), a Hub id
+            (``org/name``, ``hf-hub:org/name``), a timm architecture with or without tag (``resnet18``,
+            ``timm/resnet50.a1_in1k``), or ``transformers/<model_type>`` for a random network of that type.
+        pretrained: read the weights, from safetensors only; else they are random.
+        num_classes: K; where it differs from the weights', the classifier is new.
+        image_size: pixels per side, passed to the constructor where the architecture is built for one size.
+        revision: branch, tag or commit of the Hub repository.
+        kwargs: constructor arguments (timm) or configuration values (transformers).
+        drop_path: stochastic depth rate.
+        preprocessing: overrides of the model's own mean, std, interpolation and crop.
+        trust_remote_code: allow code of the repository to run (transformers).
+        device: where the network goes. On ``meta`` neither weights are downloaded nor memory is used.
+
+    Raises:
+        UserError: unknown name, unreachable or gated repository, no safetensors, or arguments that do not fit.
+    """
+    request = _Request(
+        model=model,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        image_size=image_size,
+        revision=revision,
+        kwargs=dict(kwargs or {}),
+        drop_path=drop_path,
+        preprocessing=preprocessing,
+        trust_remote_code=trust_remote_code,
+        device=None if device is None else torch.device(device),
+    )
+    source = _locate(request)
+    if request.weights and (source.folder is None or not any(source.folder.glob(WEIGHTS))):
+        raise UserError(
+            f"model '{model}' has no safetensors weights ({WEIGHTS}), and kd_hf loads no pickles; convert them, "
+            "or set pretrained: false"
+        )
+    with _building(request):
+        handle = {"timm": _load_timm, "transformers": _load_transformers}[source.library](request, source)
+    handle.network.eval()
+    if request.device is not None and not request.on_meta:
+        handle.network.to(request.device)
+    return handle
+
+
+# finding out what a name means
+
+
+def _locate(request: _Request) -> _Source:
+    """Resolve the name; downloads what is needed from the Hub."""
+    scheme, _, rest = request.model.rpartition(":")
+    name = rest if scheme in ("hf-hub", "local-dir") else request.model
+    folder = _artefact_folder(Path(name).expanduser())
+    if scheme != "hf-hub" and folder is not None:
+        return _from_folder(folder)
+    if scheme == "local-dir" or name.startswith((".", "/", "~")):
+        raise UserError(f"model '{request.model}': there is no config.json in that folder, nor in a student/ within it")
+    owner, _, short = name.rpartition("/")
+    if owner == "transformers":
+        return _from_model_type(request, short)
+    if scheme != "hf-hub" and owner in ("", "timm"):
+        return _from_architecture(request, short)
+    return _from_hub(request, *name.partition("@")[::2])
+
+
+def _artefact_folder(path: Path) -> Path | None:
+    return next((folder for folder in (path, path / "student") if (folder / "config.json").is_file()), None)
+
+
+def _from_folder(folder: Path) -> _Source:
+    """Read config.json and tell from it which library wrote the folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json is not valid JSON: {error}") from error
+    if "architecture" in config:
+        return _Source("timm", config["architecture"], folder, config)
+    if "model_type" in config:
+        return _Source("transformers", config["model_type"], folder, config)
+    raise UserError(f"{folder}/config.json has neither `architecture` (timm) nor `model_type` (transformers)")
+
+
+def _from_model_type(request: _Request, model_type: str) -> _Source:
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"transformers has no model type '{model_type}'.{nearest(model_type, CONFIG_MAPPING.keys())}")
+    if request.pretrained:
+        raise UserError(
+            f"model '{request.model}' is a random network of that type; for weights give a Hub id or a folder, "
+            "or set pretrained: false"
+        )
+    return _Source("transformers", model_type)
+
+
+def _from_architecture(request: _Request, name: str) -> _Source:
+    """A name of timm's registry, whose weights, if wanted, lie on the Hub."""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = timm.list_models()
+        raise UserError(
+            f"model '{request.model}': timm has no architecture '{architecture}'.{nearest(architecture, known)}"
+        )
+    tagged = timm.list_pretrained(architecture)
+    if tag and name not in tagged:
+        raise UserError(f"model '{request.model}': timm has no weights '{name}'.{nearest(name, tagged)}")
+    if not request.weights:
+        return _Source("timm", name)
+    known_weights = timm.get_pretrained_cfg(name)
+    repository = known_weights.hf_hub_id if known_weights is not None else None
+    if not repository:
+        hint = nearest(name, tagged) or " It has none at all."
+        raise UserError(f"model '{request.model}': timm names no Hub repository with its weights.{hint}")
+    return _from_hub(request, repository, "")
+
+
+def _from_hub(request: _Request, repository: str, revision: str) -> _Source:
+    patterns = ["*.json"]
+    if request.weights:
+        patterns.append(WEIGHTS)
+    if request.trust_remote_code:
+        patterns.append("*.py")
+    folder = _download(repository, request.revision or revision or None, patterns)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"repository '{repository}' has no config.json, so it is neither a timm nor a transformers model"
+        )
+    return _from_folder(folder)
+
+
+def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """Fetch matching files of a Hub repository (from the cache when offline) and return their folder."""
+    from huggingface_hub import errors, snapshot_download
+
+    explanations: dict[type[Exception], str] = {  # the first that fits counts
+        errors.HFValidationError: "is neither a folder nor a valid Hub id (org/name)",
+        errors.GatedRepoError: f"is gated: accept its terms on https://huggingface.co/{repository} and `hf auth login`",
+        errors.RepositoryNotFoundError: "is neither a folder nor a repository on the Hub (if private: `hf auth login`)",
+        errors.RevisionNotFoundError: f"has no revision '{revision}'",
+        errors.LocalEntryNotFoundError: "is not in the cache and the Hub cannot be reached (HF_HUB_OFFLINE?); "
+        f"download it where there is a network (`hf download {repository}`) or give a folder",
+        errors.HfHubHTTPError: "could not be downloaded",
+        ConnectionError: "could not be downloaded: no connection to the Hub",
+    }
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except tuple(explanations) as error:
+        text = next(text for kind, text in explanations.items() if isinstance(error, kind))
+        raise UserError(f"model '{repository}' {text}") from error
+
+
+# building
+
+
+@contextmanager
+def _building(request: _Request) -> Iterator[None]:
+    """Turn what the libraries raise on unfitting arguments into one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (*_BUILD_ERRORS, StrictDataclassError) as error:
+        lines = " ".join(str(error).split())
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", lines)
+        raise UserError(
+            _unknown_argument(request, *unknown.groups())
+            if unknown
+            else f"model '{request.model}' cannot be built: {type(error).__name__}: {lines[:300]}"
+        ) from error
+
+
+def _unknown_argument(request: _Request, class_name: str, argument: str) -> str:
+    """The message for a constructor argument that a timm class does not take."""
+    if argument == "drop_path_rate" and argument not in request.kwargs:
+        return f"drop_path: model '{request.model}' has no stochastic depth; leave drop_path out"
+    classes = (
+        getattr(module, class_name, None) for name, module in list(sys.modules.items()) if name.startswith("timm.")
+    )
+    known = next((list(inspect.signature(found).parameters) for found in classes if found is not None), [])
+    return (
+        f"kwargs.{argument}: {class_name} of model '{request.model}' takes no such argument.{nearest(argument, known)}"
+    )
+
+
+def _load_timm(request: _Request, source: _Source) -> ModelHandle:
+    import timm
+
+    if source.folder is not None:
+        name, facts = f"local-dir:{source.folder}", source.config.get("pretrained_cfg", source.config)
+    else:
+        registered = timm.get_pretrained_cfg(source.architecture)
+        name, facts = source.architecture, registered.to_dict() if registered is not None else {}
+    arguments = dict(request.kwargs)
+    if request.num_classes is not None:
+        arguments["num_classes"] = request.num_classes
+    if request.drop_path is not None:
+        arguments["drop_path_rate"] = request.drop_path
+    if request.image_size is not None and facts.get("fixed_input_size"):
+        arguments["img_size"] = request.image_size
+    placement: dict[str, Any] = {"device": "meta"} if request.on_meta else {}
+    network = timm.create_model(name, pretrained=request.weights, **arguments, **placement)
+    info = describe_timm(network, request.model, _override(_timm_preprocessing(network), request))
+    origin = _origin(request, "timm", source.architecture, arguments)
+    return ModelHandle(network, info, origin, _timm_label_names(network, request, source))
+
+
+def _timm_preprocessing(network: nn.Module) -> Preprocessing:
+    from timm.data import resolve_model_data_config
+    from timm.models import get_model_input_config
+
+    data = resolve_model_data_config(network)
+    return Preprocessing(
+        image_size=get_model_input_config(network)["input_size"][-1],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        interpolation=data["interpolation"],
+        crop_pct=data["crop_pct"],
+        crop_mode=data["crop_mode"],
+    )
+
+
+def _timm_label_names(network: Any, request: _Request, source: _Source) -> tuple[str, ...]:
+    """The classes that the weights know, when the network still has as many; ImageNet's as synset ids."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    names = source.config.get("label_names") or ()
+    if not names and request.pretrained:
+        subset = infer_imagenet_subset(network)
+        names = ImageNetInfo(subset).label_names() if subset else ()
+    return tuple(names) if len(names) == network.num_classes else ()
+
+
+def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification
+
+    trust = {"trust_remote_code": request.trust_remote_code}
+    if source.folder is not None:
+        values = _config_values(request, AutoConfig.from_pretrained(source.folder, **trust))
+        config = AutoConfig.from_pretrained(source.folder, **values, **trust)
+    else:
+        values = _config_values(request, CONFIG_MAPPING[source.architecture]())
+        config = AutoConfig.for_model(source.architecture, **values)
+    if request.weights and source.folder is not None:
+        network = _with_weights(request, source.folder, config)
+    else:
+        with torch.device(request.device if request.on_meta and request.device else "cpu"):
+            network = AutoModelForImageClassification.from_config(config, **trust)
+    own = _processor_preprocessing(source.folder, config)
+    info = describe_transformers(network, request.model, _override(own, request))
+    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
+    origin = _origin(request, "transformers", source.architecture, values)
+    return ModelHandle(network, info, origin, labels if named else ())
+
+
+def _config_values(request: _Request, config: Any) -> dict[str, Any]:
+    """What the request changes in a transformers configuration; every key must be one the configuration has."""
+    known = {*config.to_dict(), "num_labels"}
+    for key in request.kwargs:
+        if key not in known:
+            raise UserError(f"kwargs.{key}: {config.model_type} has no such configuration value.{nearest(key, known)}")
+    values = dict(request.kwargs)
+    if request.num_classes is not None and request.num_classes != config.num_labels:
+        values["id2label"] = {index: f"LABEL_{index}" for index in range(request.num_classes)}
+        values["label2id"] = {name: index for index, name in values["id2label"].items()}
+    if request.image_size is not None and "image_size" in known:
+        values["image_size"] = request.image_size
+    if request.drop_path is not None:
+        if "drop_path_rate" not in known:
+            raise UserError(f"drop_path: model '{request.model}' has no stochastic depth; leave drop_path out")
+        values["drop_path_rate"] = request.drop_path
+    return values
+
+
+def _with_weights(request: _Request, folder: Path, config: Any) -> nn.Module:
+    """Read the weights of a transformers folder; only the classifier may be new."""
+    from transformers import AutoModelForImageClassification
+
+    network, report = AutoModelForImageClassification.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=request.trust_remote_code,
+    )
+    body = f"{network.base_model_prefix}."
+    other_size = sorted(key for key, *_ in report["mismatched_keys"] if key.startswith(body))
+    if other_size:
+        raise UserError(
+            f"model '{request.model}': {other_size[0]} has another shape in the weights; transformers does not resize "
+            "them, so leave out image_size and kwargs, or set pretrained: false"
+        )
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(body) and "pooler" not in key)
+    if missing:
+        raise UserError(f"model '{request.model}': the weights lack {missing[0]} ({len(missing)} missing in all)")
+    return network
+
+
+def _processor_preprocessing(folder: Path | None, config: Any) -> Preprocessing:
+    """Read preprocessor_config.json; ImageNet's values, at the configuration's size, where it says nothing."""
+    path = folder / "preprocessor_config.json" if folder else None
+    found = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    default = Preprocessing(image_size=_side(getattr(config, "image_size", None)) or Preprocessing.image_size)
+    resized, cropped = _side(found.get("size")), _side(found.get("crop_size"))
+    center = bool(found.get("do_center_crop", "crop_pct" in found))
+    side = (cropped if center and cropped else resized) or default.image_size
+    if not center and resized:
+        # stretched to a square: the whole image, whatever its shape
+        share, mode = 1.0, "squash"
+    else:
+        share, mode = found.get("crop_pct") or (side / resized if resized else default.crop_pct), "center"
+    normal = found.get("do_normalize", True)
+    return replace(
+        default,
+        image_size=side,
+        mean=tuple(found.get("image_mean") or default.mean) if normal else (0.0, 0.0, 0.0),
+        std=tuple(found.get("image_std") or default.std) if normal else (1.0, 1.0, 1.0),
+        interpolation=_RESAMPLE.get(found.get("resample", 3), default.interpolation),
+        crop_pct=min(1.0, share),
+        crop_mode=mode,
+    )
+
+
+def _side(size: Any) -> int | None:
+    """Pixels of the shorter side, from the many ways a transformers file may write a size."""
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge") or size.get("height")
+    if isinstance(size, (list, tuple)):
+        size = min(size)
+    return int(size) if size else None
+
+
+def _override(own: Preprocessing, request: _Request) -> Preprocessing:
+    changes = request.preprocessing.model_dump(exclude_none=True) if request.preprocessing is not None else {}
+    if request.image_size is not None:
+        changes["image_size"] = request.image_size
+    return replace(own, **changes)
+
+
+def _origin(request: _Request, library: str, architecture: str, arguments: Mapping[str, Any]) -> Origin:
+    return Origin(library, architecture, request.model, request.revision, request.pretrained, dict(arguments))

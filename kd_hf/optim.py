@@ -1,0 +1,120 @@
+"""Parameter groups, optimiser and learning-rate schedule, all through timm's factories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from kd_hf.config import TrainConfig
+from kd_hf.distill import DistillModule
+from kd_hf.errors import UserError, nearest
+
+
+def build_optimizer(module: DistillModule, cfg: TrainConfig) -> Optimizer:
+    """The optimiser over student and methods, from any name of ``timm.optim``.
+
+    Norms, biases and what a network lists in ``no_weight_decay()`` are not decayed unless
+    ``decay_norm_and_bias``; layer decay applies to the student only.
+    """
+    if cfg.optim.lower() not in list_optimizers():
+        raise UserError(f"train.optim: unknown optimiser '{cfg.optim}'.{nearest(cfg.optim, list_optimizers())}")
+    groups = [*_student_groups(module.student.network, cfg), *_plain_groups(module.methods, cfg)]
+    groups = [group for group in groups if group["params"]]
+    try:
+        return create_optimizer_v2(
+            groups,
+            opt=cfg.optim.lower(),
+            lr=cfg.learning_rate,
+            weight_decay=cfg.weight_decay,
+            momentum=cfg.momentum,
+            **cfg.optim_args,
+        )
+    except TypeError as error:
+        raise UserError(f"train.optim_args: {cfg.optim} does not take these arguments: {error}") from None
+
+
+def _student_groups(network: nn.Module, cfg: TrainConfig) -> list[dict[str, Any]]:
+    if cfg.layer_decay is None:
+        return _plain_groups(network, cfg)
+    if not hasattr(network, "group_matcher"):
+        raise UserError("train.layer_decay needs a timm student: only those say which layer a parameter belongs to")
+    return param_groups_layer_decay(
+        network, cfg.weight_decay, no_weight_decay_list=_exempt(network), layer_decay=cfg.layer_decay
+    )
+
+
+def _plain_groups(network: nn.Module, cfg: TrainConfig) -> list[dict[str, Any]]:
+    if cfg.decay_norm_and_bias:
+        trained = [p for p in network.parameters() if p.requires_grad]
+        return [{"params": trained, "weight_decay": cfg.weight_decay}]
+    return param_groups_weight_decay(network, cfg.weight_decay, no_weight_decay_list=_exempt(network))
+
+
+def _exempt(network: nn.Module) -> tuple[str, ...]:
+    names = getattr(network, "no_weight_decay", None)
+    return tuple(names()) if callable(names) else ()
+
+
+class LrSchedule:
+    """The learning rate as a function of the optimiser step counted from 0; holds no state to save.
+
+    Args:
+        optimizer: whose groups are set.
+        cfg: the recipe's `train` block.
+        total_steps: steps of the whole run.
+        steps_per_epoch: steps of one epoch.
+    """
+
+    def __init__(self, optimizer: Optimizer, cfg: TrainConfig, total_steps: int, steps_per_epoch: int) -> None:
+        self.unit = steps_per_epoch if cfg.lr_schedule_on == "epoch" else 1
+        self.optimizer = optimizer
+
+        def units(steps: int) -> int:
+            return max(0, round(steps / self.unit))
+
+        warmup = units(cfg.warmup_steps.steps(total_steps, steps_per_epoch))
+        length = max(1, units(total_steps))
+        milestones = [units(at.steps(total_steps, steps_per_epoch)) for at in cfg.lr_decay_at]
+        common = {"warmup_t": warmup, "warmup_lr_init": cfg.warmup_lr, "t_in_epochs": False}
+        self.scheduler = _SCHEDULERS[cfg.lr_scheduler_type](optimizer, cfg, length, milestones, common)
+
+    def set(self, step: int) -> float:
+        """Set the rate for the step about to be taken; returns that of the first group."""
+        self.scheduler.step_update(step // self.unit)
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def _cosine(optimizer: Optimizer, cfg: TrainConfig, length: int, _: list[int], common: dict[str, Any]) -> Scheduler:
+    return CosineLRScheduler(optimizer, t_initial=length, lr_min=cfg.min_lr, **common)
+
+
+def _linear(optimizer: Optimizer, cfg: TrainConfig, length: int, _: list[int], common: dict[str, Any]) -> Scheduler:
+    return PolyLRScheduler(optimizer, t_initial=length, power=1.0, lr_min=cfg.min_lr, **common)
+
+
+def _multistep(optimizer: Optimizer, cfg: TrainConfig, _: int, at: list[int], common: dict[str, Any]) -> Scheduler:
+    return MultiStepLRScheduler(optimizer, decay_t=at, decay_rate=cfg.lr_decay_rate, **common)
+
+
+def _step(optimizer: Optimizer, cfg: TrainConfig, _: int, at: list[int], common: dict[str, Any]) -> Scheduler:
+    return StepLRScheduler(optimizer, decay_t=max(1, at[0]), decay_rate=cfg.lr_decay_rate, **common)
+
+
+def _constant(optimizer: Optimizer, cfg: TrainConfig, _: int, __: list[int], common: dict[str, Any]) -> Scheduler:
+    return MultiStepLRScheduler(optimizer, decay_t=[], decay_rate=1.0, **common)
+
+
+_SCHEDULERS: Mapping[str, Any] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "multistep": _multistep,
+    "step": _step,
+    "constant": _constant,
+}

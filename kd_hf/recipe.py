@@ -1,0 +1,307 @@
+"""Reading a recipe: YAML with `base:` fragments and `key=value` overrides → a validated, hashed :class:`Recipe`.
+
+Every message about a recipe names the file and the line (or the override) it came from. No torch here except
+to check a method's own options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kd_hf.config import MethodBlock, Recipe
+from kd_hf.errors import UserError, nearest
+
+Keys = tuple[str, ...]
+
+RESOLVED = "recipe.resolved.yaml"
+_HASH_LINE = "# recipe hash: "
+
+# what may change between a run and its resumption, or from machine to machine, without changing the result
+_NOT_HASHED = (
+    "output_dir",
+    "per_device_train_batch_size",  # with the next two: their product is checked instead
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "resume_from_checkpoint",
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "logging_steps",
+    "save_total_limit",
+    "report_to",
+    "disable_tqdm",
+    "cpu_threads",
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats include `1e-4` (YAML 1.1 reads that as a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+@dataclass
+class _Tree:
+    """Nested values, and for each key path the place it was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Keys, str] = field(default_factory=dict)
+
+    def place(self, keys: Sequence[Any]) -> str:
+        """The place of `keys` or of the nearest enclosing block."""
+        path = tuple(str(key) for key in keys)
+        while path not in self.places and path:
+            path = path[:-1]
+        return self.places.get(path, "recipe")
+
+    def merge(self, other: _Tree) -> None:
+        """Lay `other` over this tree: blocks are merged, everything else is replaced."""
+        _merge(self.values, other.values)
+        self.places.update(other.places)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = value
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
+    """Read, merge and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``block.key=value`` strings; values are read as YAML.
+
+    Raises:
+        UserError: on anything wrong, naming file and line (or the override) and the nearest valid name.
+    """
+    tree = _read_with_bases(Path(path), ())
+    for override in overrides:
+        tree.merge(_read_override(override))
+    methods = tree.values.get("methods")
+    if isinstance(methods, dict):
+        _check_method_names(methods, tree)
+        tree.values["methods"] = {name: block or {} for name, block in methods.items() if block is not False}
+    try:
+        recipe = Recipe.model_validate(tree.values)
+    except ValidationError as error:
+        raise UserError(_explain(error, tree, Recipe, ())) from None
+    _check_method_options(recipe, tree)
+    return recipe
+
+
+def _check_method_names(methods: Mapping[str, Any], tree: _Tree) -> None:
+    from kd_hf.methods import method_names
+
+    for name, block in methods.items():
+        method = (block.get("method") if isinstance(block, dict) else None) or name
+        if method not in method_names():
+            place = tree.place(("methods", name))
+            raise UserError(f"{place}: unknown method '{method}'.{nearest(str(method), method_names())}")
+
+
+def _check_method_options(recipe: Recipe, tree: _Tree) -> None:
+    from kd_hf.methods import get_method
+
+    teachers = recipe.all_teachers()
+    for name, block in recipe.methods.items():
+        where = ("methods", name)
+        try:
+            get_method(block.method or name).Config.model_validate(block.options)
+        except ValidationError as error:
+            raise UserError(_explain(error, tree, get_method(block.method or name).Config, where)) from None
+        if block.teacher is not None and block.teacher not in teachers:
+            place = tree.place((*where, "teacher"))
+            raise UserError(f"{place}: methods.{name}.teacher: no teacher '{block.teacher}'."
+                            f"{nearest(block.teacher, teachers)}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _read_with_bases(path: Path, above: tuple[Path, ...]) -> _Tree:
+    if path.resolve() in above:
+        chain = " → ".join(p.name for p in (*above, path))
+        raise UserError(f"{above[-1]}: `base:` fragments include each other: {chain}")
+    own = _read_file(path, above)
+    bases = own.values.pop("base", None) or []
+    if isinstance(bases, str):
+        bases = [bases]
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise UserError(f"{own.place(('base',))}: `base` is a list of YAML files")
+    merged = _Tree()
+    for base in bases:
+        merged.merge(_read_with_bases(path.parent / base, (*above, path.resolve())))
+    merged.merge(own)
+    return merged
+
+
+def _read_file(path: Path, above: tuple[Path, ...]) -> _Tree:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        folder = path.parent if path.parent.is_dir() else Path()
+        hint = nearest(path.name, [p.name for p in folder.glob("*.yaml")])
+        named = f" (named by `base:` of {above[-1]})" if above else ""
+        raise UserError(f"no recipe '{path}'{named}.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe '{path}': {error}") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: a recipe is a mapping of blocks such as `student:`, `data:`, `train:`")
+    tree = _Tree()
+    tree.values = _construct(node, (), tree.places, str(path))
+    named = tree.values.get("teachers")
+    for block in [tree.values.get("teacher"), *(named.values() if isinstance(named, dict) else ())]:
+        if isinstance(block, dict) and isinstance(block.get("recipe"), str):  # files named in a file are relative to it
+            block["recipe"] = os.path.normpath(path.parent / block["recipe"])
+    return tree
+
+
+def _construct(node: yaml.Node, keys: Keys, places: dict[Keys, str], file: str) -> Any:
+    """The value of a YAML node; records the line of every mapping key."""
+    if not isinstance(node, yaml.MappingNode):
+        loader = _Loader("")
+        return loader.construct_object(node, deep=True)
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(getattr(key_node, "value", key_node))
+        place = f"{file}:{key_node.start_mark.line + 1}"
+        if key in values:
+            raise UserError(f"{place}: '{'.'.join((*keys, key))}' is written twice")
+        places[(*keys, key)] = place
+        values[key] = _construct(value_node, (*keys, key), places, file)
+    return values
+
+
+def _read_override(text: str) -> _Tree:
+    name, equals, value = text.partition("=")
+    keys = tuple(name.strip().lstrip("-").split("."))
+    if not equals or not all(keys):
+        raise UserError(f"'{text}' is not an override; write block.key=value, e.g. train.learning_rate=1e-3")
+    try:
+        leaf: Any = yaml.load(value, Loader=_Loader)  # a SafeLoader subclass
+    except yaml.YAMLError:
+        raise UserError(f"override '{text}': the value is not valid YAML") from None
+    tree = _Tree(places={keys[: i + 1]: f"override '{text}'" for i in range(len(keys))})
+    for key in reversed(keys):
+        leaf = {key: leaf}
+    tree.values = leaf
+    return tree
+
+
+# --------------------------------------------------------------------------------------------- messages
+
+
+def _explain(error: ValidationError, tree: _Tree, model: type[BaseModel], prefix: Keys) -> str:
+    """One line for the first problem of a validation: place, key, what was expected, nearest name."""
+    problem = error.errors(include_url=False)[0]
+    keys = (*prefix, *(key for key in problem["loc"] if not _is_union_tag(key)))
+    dotted = ".".join(str(key) for key in keys)
+    place = tree.place(keys)
+    known = _fields_at(model, keys[len(prefix) : -1])
+    if prefix:  # a method's block holds its own options beside the recipe's
+        known = [*known, *MethodBlock.model_fields]
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key '{dotted}'.{nearest(str(keys[-1]), known)}"
+    if problem["type"] == "missing":
+        return f"{place}: '{dotted}' is missing"
+    shown = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "literal_error":
+        message += "." + nearest(str(problem["input"]), re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
+    return f"{place}: {dotted + ': ' if dotted else ''}{message[0].lower()}{message[1:]}{shown}"
+
+
+def _is_union_tag(key: Any) -> bool:
+    """pydantic puts the tried member of a union into the location (`float`, `Ramp`); recipes have no such key."""
+    return isinstance(key, str) and (key in ("float", "int", "bool", "str", "Ramp") or "[" in key)
+
+
+def _fields_at(model: type[BaseModel], keys: Sequence[Any]) -> list[str]:
+    """Names a user could have written inside the block at `keys`."""
+    current: Any = model
+    for key in keys:
+        fields = getattr(current, "model_fields", {})
+        annotation = fields[key].annotation if key in fields else current
+        current = next(
+            (part for part in _flatten(annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None
+        )
+    return list(getattr(current, "model_fields", {}))
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    parts = typing.get_args(annotation)
+    return [annotation] if not parts else [leaf for part in parts for leaf in _flatten(part)]
+
+
+# ----------------------------------------------------------------------------------------- resolved form
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with its hash in the first line; loading it gives the same recipe."""
+    values = recipe.model_dump(mode="json", exclude_defaults=False, exclude_none=True)
+    return f"{_HASH_LINE}{recipe_hash(recipe)}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def trained_hash(artefact: Path) -> str | None:
+    """Hash of the recipe that made an artefact folder; None when it is missing or says nothing."""
+    path = artefact / RESOLVED
+    first = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+    return first.removeprefix(_HASH_LINE) if first.startswith(_HASH_LINE) else None
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Twelve hex digits over everything that decides the result (not output folder, workers, logging)."""
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude={"train": set(_NOT_HASHED), "baseline": True})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, methods' options included, so that editors complete it."""
+    from kd_hf.methods import get_method, method_names
+
+    schema = Recipe.model_json_schema()
+    block = schema["$defs"].pop("MethodBlock")
+    properties = {}
+    for name in method_names():
+        own = get_method(name).Config.model_json_schema(ref_template="#/$defs/{model}")
+        schema["$defs"].update(own.pop("$defs", {}))
+        merged = {**own.get("properties", {}), **block["properties"]}
+        properties[name] = {
+            "anyOf": [{"type": "object", "properties": merged, "additionalProperties": False}, {"type": "null"},
+                      {"const": False}],
+            "description": (get_method(name).__doc__ or "").strip().splitlines()[0],
+        }  # fmt: skip
+    schema["properties"]["methods"] = {
+        "type": "object",
+        "description": schema["properties"]["methods"].get("description", ""),
+        "properties": properties,
+        # a block of another name says which method it is
+        "additionalProperties": {"type": "object", "required": ["method"]},
+    }
+    schema["properties"]["base"] = {"type": ["array", "string"], "items": {"type": "string"},
+                                    "description": "Fragments that this recipe is laid over."}  # fmt: skip
+    schema["title"] = "kd_hf recipe"
+    return schema

@@ -1,0 +1,94 @@
+"""The process around a run: devices and ranks, CPU threads, signals, random state of the networks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs
+
+from kd_hf.config import TrainConfig
+from kd_hf.data.draws import hash_key
+from kd_hf.errors import UserError
+
+
+def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Accelerator:
+    """The accelerator of a run; stops when the launcher's processes do not know each other.
+
+    Args:
+        cfg: the recipe's `train` block.
+        unused_parameters: whether some steps leave parameters without gradient (a loss that pauses).
+    """
+    # a second run in one process (teacher, then student) starts from a clean state
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    use_cpu = cfg.use_cpu or not torch.accelerator.is_available()
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision="bf16" if cfg.bf16 else "fp16" if cfg.fp16 else "no",
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        dynamo_backend="inductor" if cfg.torch_compile else "no",
+        log_with=cfg.report_to or None,
+        project_dir=cfg.output_dir,
+        kwargs_handlers=[ddp],
+        step_scheduler_with_optimizer=False,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {launched} processes but accelerate sees {accelerator.num_processes}; "
+            "they would train side by side without knowing each other. On a CPU use "
+            "accelerate_configs/2cpu.yaml (distributed_type: MULTI_GPU with use_cpu: true)"
+        )
+    return accelerator
+
+
+def set_cpu_threads(wanted: int | str, processes: int) -> int:
+    """Set torch's threads for this process and return their number.
+
+    `auto` takes the idle cores divided by the processes, at least one: threads that spin on cores that
+    are taken make a step many times slower than one thread would.
+    """
+    if wanted == "auto":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        wanted = max(1, int(cores - busy) // processes)
+    torch.set_num_threads(int(wanted))
+    return int(wanted)
+
+
+def seed_networks(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seed what networks draw inside themselves (dropout, drop path), so that a resumed step repeats it."""
+    torch.manual_seed(hash_key(seed, "networks", step, micro_step, rank) & 0x7FFFFFFFFFFFFFFF)
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a request that the loop reads; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run should save and stop."""
+        return bool(self.name)

@@ -1,0 +1,67 @@
+"""Train: ``python -m kd_hf.train RECIPE [key=value …]``, also under ``accelerate launch -m`` and ``torchrun -m``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kd_hf.errors import is_main_process, run_command
+
+if TYPE_CHECKING:
+    from kd_hf.config import Recipe
+    from kd_hf.trainer import TrainOutput
+
+
+def train_recipe(recipe: Recipe) -> TrainOutput:
+    """Train what a recipe names: a teacher given by `recipe:` first, then the plain twin it asks for, then the student.
+
+    What is already trained is not trained again. A signal during one of them ends the whole.
+    """
+    from kd_hf.assemble import plain_twin, teacher_recipes, with_trained_teachers
+    from kd_hf.recipe import recipe_hash, trained_hash
+    from kd_hf.trainer import STUDENT, DistillTrainer
+
+    needed = teacher_recipes(recipe)
+    if recipe.baseline == "train":
+        needed["plain twin"] = plain_twin(recipe)
+    for name, other in needed.items():
+        if trained_hash(Path(other.train.output_dir) / STUDENT) == recipe_hash(other):
+            continue
+        _say(f"\n— training the {name} first: {other.train.output_dir}")
+        output = train_recipe(other)
+        if output.stopped_by:
+            return output
+    if needed:
+        _say(f"\n— training the student: {recipe.train.output_dir}")
+    return DistillTrainer(with_trained_teachers(recipe)).train()
+
+
+def _say(text: str) -> None:
+    if is_main_process():
+        print(text, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the command line, train, and show the result."""
+    parser = argparse.ArgumentParser(prog="python -m kd_hf.train", description="Distil a student as a recipe says.")
+    parser.add_argument("recipe", help="a recipe file, e.g. recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.learning_rate=1e-3")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a busy machine
+
+    from kd_hf.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    output = train_recipe(recipe)
+    if is_main_process() and not output.stopped_by:
+        from kd_hf.report import finish_report
+
+        print(finish_report(recipe))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

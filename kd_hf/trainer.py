@@ -1,0 +1,533 @@
+"""DistillTrainer: the loop around one module, its teachers and a stream of batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from kd_hf import checkpoint as ckpt
+from kd_hf.assemble import Assembly, assemble
+from kd_hf.callbacks import CallbackList, JsonLines, Progress, TrainerControl, TrainerState, read_log
+from kd_hf.config import EmaConfig, Recipe
+from kd_hf.data.draws import Draws
+from kd_hf.data.loader import Batch, train_loader
+from kd_hf.data.source import Source, open_source
+from kd_hf.data.views import DeviceStage
+from kd_hf.distill import DistillModule
+from kd_hf.errors import UserError
+from kd_hf.evaluation import Evaluator, measure_teachers
+from kd_hf.hub import save_student
+from kd_hf.optim import LrSchedule, build_optimizer
+from kd_hf.recipe import RESOLVED, dump_recipe, recipe_hash
+from kd_hf.runtime import StopSignal, build_accelerator, seed_networks, set_cpu_threads
+from kd_hf.teacher import Teacher, check_label_order
+from kd_hf.window import LossWindow
+
+STUDENT = "student"
+
+
+@dataclass
+class TrainOutput:
+    """What :meth:`DistillTrainer.train` returns."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    stopped_by: str = ""  # the signal that ended the run early, or nothing
+
+
+class DistillTrainer:
+    """Distils a student as a recipe says.
+
+    Args:
+        recipe: the run; see :func:`kd_hf.recipe.load_recipe`.
+        callbacks: objects or classes with transformers' callback methods.
+        train_source: instead of the recipe's training images.
+        eval_source: instead of the recipe's evaluation images.
+
+    Example:
+        >>> trainer = DistillTrainer(load_recipe("recipes/quickstart.yaml"))
+        >>> trainer.train().metrics["eval_top1"]
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        callbacks: Iterable[Any] = (),
+        train_source: Source | None = None,
+        eval_source: Source | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.args = recipe.train
+        self.folder = Path(self.args.output_dir)
+        self.train_source = train_source or open_source(recipe.data, "train", self.args.seed)
+        self.eval_source = eval_source or open_source(recipe.data, "eval", self.args.seed)
+        self.parts: Assembly = assemble(recipe, self.train_source.num_classes)
+        _check_classes(self.parts, self.train_source)
+        pauses = any(choice.may_pause for choice in self.parts.choices) or "task" not in self.parts.module.choices
+        self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=pauses)
+        self.device = self.accelerator.device
+        self._plan_length()
+        self._build()
+        self.state = TrainerState(
+            max_steps=self.total_steps,
+            num_train_epochs=self.total_steps / self.steps_per_epoch,
+            is_world_process_zero=self.accelerator.is_main_process,
+            is_local_process_zero=self.accelerator.is_local_main_process,
+        )
+        self.control = TrainerControl()
+        self.callbacks = CallbackList(self.args, callbacks)
+        self.corrupt: set[int] = set()
+        self.progress: Progress | None = None
+        self.log_file: JsonLines | None = None
+        self._seconds_before, self._clock = 0.0, time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------ building
+
+    def _plan_length(self) -> None:
+        args = self.args
+        self.global_batch = (
+            args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        )
+        rows = len(self.train_source)
+        self.steps_per_epoch = rows // self.global_batch
+        if self.steps_per_epoch == 0:
+            raise UserError(f"the global batch of {self.global_batch} images is larger than the {rows} training images")
+        self.total_steps = args.max_steps or max(1, round(args.num_train_epochs * self.steps_per_epoch))
+
+    def _build(self) -> None:
+        """Place everything on the device and hand the one module to accelerate."""
+        args, module = self.args, self.parts.module
+        self.threads = set_cpu_threads(args.cpu_threads, self.accelerator.num_processes)
+        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.teachers = {
+            name: Teacher(
+                name, cfg, self.parts.teachers[name], self.parts.tapped_teachers[name], self.device, precision
+            )
+            for name, cfg in self.recipe.all_teachers().items()
+        }
+        if args.channels_last:
+            module.to(memory_format=torch.channels_last)
+            for teacher in self.teachers.values():
+                teacher.model.to(memory_format=torch.channels_last)
+        if args.sync_batchnorm and self.accelerator.num_processes > 1:
+            module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[assignment]
+        module.to(self.device)
+        self.ema = _build_ema(args.ema, module) if args.ema else None
+        self.plain_module = module
+        self.module, self.optimizer = self.accelerator.prepare(module, build_optimizer(module, args))
+        self.schedule = LrSchedule(self.optimizer.optimizer, args, self.total_steps, self.steps_per_epoch)
+        self.stage = DeviceStage(self.parts.views(), self.parts.student.info.num_classes)
+        self.evaluator = Evaluator(self)
+        self.window = LossWindow()
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Train to the end, or until a signal or a callback asks to stop; then export the student.
+
+        Args:
+            resume_from_checkpoint: as the recipe's field of that name, which it overrides.
+        """
+        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        self._resume(wanted)
+        with StopSignal() as stop:
+            self._open_run()
+            try:
+                if self.state.global_step == 0:
+                    self._gate()
+                self.callbacks.call("on_train_begin", self.state, self.control)
+                self._loop(stop)
+            finally:
+                if self.progress:
+                    self.progress.close()
+        if stop.requested and self.state.global_step < self.total_steps:
+            self.say(
+                f"stopped by {stop.name} after step {self.state.global_step} of {self.total_steps}, which is saved; "
+                "the same command continues"
+            )
+            return self._output(stop.name)
+        return self._finish()
+
+    def _loop(self, stop: StopSignal) -> None:
+        batches = self._batches()
+        while self.state.global_step < self.total_steps and not self.control.should_training_stop:
+            self.callbacks.call("on_step_begin", self.state, self.control)
+            self._step(batches)
+            self.state.global_step += 1
+            self.state.epoch = self.state.global_step / self.steps_per_epoch
+            assert self.progress is not None
+            self.progress.advance()
+            self.callbacks.call("on_step_end", self.state, self.control)
+            if self._after_step(stop):
+                return
+
+    def _after_step(self, stop: StopSignal) -> bool:
+        """Log, evaluate and save as the recipe says; True when the run was asked to stop."""
+        step, args, control = self.state.global_step, self.args, self.control
+        last = step == self.total_steps
+        stopping = stop.requested and self.accelerator.num_processes == 1
+        if step % args.logging_steps == 0 or last or stopping or control.should_log:
+            # ranks agree on stopping where they meet anyway, so a signal needs no communication of its own
+            stopping = self._log_losses(stop.requested)
+        epoch_end = step % self.steps_per_epoch == 0
+        if _is_due(args.eval_strategy, args.eval_steps, step, epoch_end) or control.should_evaluate or last:
+            self.evaluate()
+        if _is_due(args.save_strategy, args.save_steps, step, epoch_end) or control.should_save or stopping or last:
+            self.save_checkpoint()
+        control.should_log = control.should_evaluate = control.should_save = False
+        if epoch_end:
+            self.callbacks.call("on_epoch_end", self.state, control)
+        return stopping and not last
+
+    def _batches(self) -> Iterator[Batch]:
+        args = self.args
+        return iter(
+            train_loader(
+                self.train_source,
+                self.recipe.data,
+                self.parts.views(),
+                per_device=args.per_device_train_batch_size,
+                world=self.accelerator.num_processes,
+                rank=self.accelerator.process_index,
+                accumulation=args.gradient_accumulation_steps,
+                seed=args.seed,
+                start_step=self.state.global_step,
+                total_steps=self.total_steps,
+                workers=args.dataloader_num_workers,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """One optimiser step over the micro-batches of a global batch."""
+        step = self.state.global_step
+        self.schedule.set(step)
+        weights = self.weights(step)
+        self.module.train()
+        for micro in range(self.args.gradient_accumulation_steps):
+            seed_networks(self.args.seed, step, micro, self.accelerator.process_index)
+            batch = next(batches)
+            self._note_corrupt(batch)
+            with self.accelerator.accumulate(self.module):
+                losses = self._losses(batch, weights)
+                total = sum(weights[name.partition("/")[0]] * value for name, value in losses.items())
+                self.window.add({"loss": total, **losses}, step + 1)
+                self.accelerator.backward(total)
+                if self.args.max_grad_norm is not None and self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.plain_module.student, step=step + 1)
+
+    def _losses(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        batch = batch.to(self.device, non_blocking=True)
+        views, target = self.stage(batch)
+        taught = {name: teacher(views[name]) for name, teacher in self.teachers.items()}
+        active = tuple(name for name, weight in weights.items() if weight != 0)
+        draws = self.plain_module.draw(Draws(batch.key))
+        return self.module(views["student"], taught, target, draws, active)
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Factor of every method at a step counted from 0."""
+        total, epoch = self.total_steps, self.steps_per_epoch
+        return {choice.name: choice.weight_at(step, total, epoch) for choice in self.parts.choices}
+
+    def _note_corrupt(self, batch: Batch) -> None:
+        new = set(batch.corrupt) - self.corrupt
+        self.corrupt |= new
+        if len(self.corrupt) > self.recipe.data.max_corrupt:
+            raise UserError(
+                f"more than data.max_corrupt = {self.recipe.data.max_corrupt} unreadable training images, "
+                f"the last in row {max(new)} of {self.train_source.describe()}"
+            )
+
+    # ---------------------------------------------------------------------------------- gate, evaluation
+
+    def _gate(self) -> None:
+        """Measure the teachers before the first step; refuse one that is below its gate."""
+        gated = {name: t for name, t in self.teachers.items() if t.cfg.gate.enabled}
+        for name, teacher in gated.items():
+            check_label_order(name, teacher.handle, self.train_source.class_names)
+        for result in measure_teachers(self, gated):
+            self.say(result.describe())
+            warning = result.warning()
+            if warning:
+                self.say(f"warning: {warning}")
+            teacher = gated[result.teacher]
+            self._write({"step": 0, "gate": result.teacher, "top1": result.own, "top1_as_fed": result.fed})
+            result.check(teacher.cfg.gate, teacher.info.num_classes)
+
+    def evaluate(self, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measure the student (its average too, when there is one) and the teachers on the evaluation images.
+
+        Returns:
+            ``eval_top1``, ``eval_top5``, ``eval_agreement`` … in percent, of the weights that will be exported.
+        """
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator().items()}
+        self._note_best(metrics)
+        self.log({**metrics, "train_seconds": round(self._seconds(), 2)})
+        shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items() if not key.endswith("samples"))
+        self.say(f"step {self.state.global_step}: {shown}")
+        self.callbacks.call("on_evaluate", self.state, self.control, metrics=metrics)
+        return metrics
+
+    def _seconds(self) -> float:
+        """Time spent training, over all parts of an interrupted run."""
+        return self._seconds_before + time.perf_counter() - self._clock
+
+    def _note_best(self, metrics: Mapping[str, float]) -> None:
+        name = self.args.metric_for_best_model
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            if self.args.load_best_model_at_end:
+                raise UserError(f"train.metric_for_best_model: no '{name}' among {', '.join(metrics)}")
+            return
+        value, best = metrics[name], self.state.best_metric
+        if best is None or (value > best if self.args.greater_is_better else value < best):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            self.control.should_save |= self.args.load_best_model_at_end
+
+    def _log_losses(self, stop_requested: bool) -> bool:
+        """Write the mean losses since the last log; returns whether any rank was asked to stop."""
+        step = self.state.global_step
+        means, first_bad, stopping = self.window.fetch(self.accelerator, stop_requested)
+        if first_bad is not None:
+            self._stop_on_non_finite(*first_bad)
+        if not means:
+            return stopping
+        assert self.progress is not None
+        rate = self.progress.rate(step)
+        values = {**means, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
+        values |= {f"weight/{name}": weight for name, weight in self.weights(step - 1).items()}
+        if self.corrupt:
+            values["corrupt_images"] = len(self.corrupt)
+        self.last_loss = means["loss"]
+        self.log(values)
+        self.progress.show(values, step, self.total_steps)
+        return stopping
+
+    def _stop_on_non_finite(self, part: str, step: int) -> None:
+        kept = ckpt.list_checkpoints(self.folder / "checkpoints")
+        self._write({"step": step, "error": f"{part} is not finite"})
+        raise UserError(
+            f"the loss part '{part}' became NaN or infinite at step {step}; "
+            + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet")
+            + ". Lower train.learning_rate or that method's weight, or set train.max_grad_norm"
+        )
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Write values of the current step to ``log.jsonl``, the trackers and the callbacks."""
+        entry = {"step": self.state.global_step, "epoch": round(self.state.epoch, 4), **logs}
+        self.state.log_history.append(entry)
+        self._write(entry)
+        if self.args.report_to:
+            self.accelerator.log(logs, step=self.state.global_step)
+        self.callbacks.call("on_log", self.state, self.control, logs=logs)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.log_file is not None:
+            self.log_file.write(entry)
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, on the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.progress is not None:
+            self.progress.say(text)
+        else:
+            print(text, flush=True)
+
+    # --------------------------------------------------------------------------------- run folder, resume
+
+    def _resume(self, wanted: str | bool | None) -> None:
+        """Continue what the run folder holds, unless told otherwise; refuse a folder of another recipe."""
+        root = self.folder / "checkpoints"
+        if wanted is False and self.accelerator.is_main_process:
+            ckpt.clear_run(self.folder)
+        self.accelerator.wait_for_everyone()
+        found = ckpt.list_checkpoints(root)
+        if isinstance(wanted, str):
+            found = [Path(wanted)]
+        elif wanted is True and not found:
+            raise UserError(f"train.resume_from_checkpoint: there is no checkpoint in {root}")
+        if not found:
+            return
+        state = ckpt.read_state(found[-1])
+        self._check_same_run(state, found[-1])
+        self._load_checkpoint(found[-1], state)
+        self.say(f"continuing from {found[-1]}")
+
+    def _check_same_run(self, state: Mapping[str, Any], folder: Path) -> None:
+        if state["recipe_hash"] != recipe_hash(self.recipe):
+            raise UserError(
+                f"{folder} belongs to another recipe (hash {state['recipe_hash']}, this one "
+                f"{recipe_hash(self.recipe)}); choose another train.output_dir, or start over with "
+                "train.resume_from_checkpoint=false"
+            )
+        if state["global_batch"] != self.global_batch:
+            raise UserError(
+                f"{folder} was trained with {state['global_batch']} images per step, this run has {self.global_batch}: "
+                "keep processes × per_device_train_batch_size × gradient_accumulation_steps the same"
+            )
+
+    def _load_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
+        self.plain_module.load_state_dict(ckpt.load_tensors(folder, "module"))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(ckpt.load_tensors(folder, "ema"))
+        self.optimizer.load_state_dict(ckpt.load_objects(folder, "optimizer"))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(ckpt.load_objects(folder, "scaler"))
+        self.state.global_step = state["step"]
+        self.state.epoch = self.state.global_step / self.steps_per_epoch
+        self.state.best_metric, self.state.best_global_step = state["best_metric"], state["best_step"]
+        self.corrupt = set(state["corrupt"])
+        self._seconds_before = state["seconds"]
+        if self.args.cpu_threads == "auto":  # another number of threads adds floats in another order
+            self.threads = set_cpu_threads(state["cpu_threads"], self.accelerator.num_processes)
+
+    def save_checkpoint(self) -> None:
+        """Write ``checkpoints/checkpoint-<step>`` whole or not at all; refuses to save after a non-finite loss."""
+        first_bad = self.window.first_bad(self.accelerator)
+        if first_bad is not None:
+            self._stop_on_non_finite(*first_bad)
+        step = self.state.global_step
+        root = self.folder / "checkpoints"
+        if self.accelerator.is_main_process:
+            tensors = {"module": self.plain_module.state_dict()}
+            if self.ema is not None:
+                tensors["ema"] = self.ema.module.state_dict()
+            objects = {"optimizer": self.optimizer.state_dict()}
+            if self.accelerator.scaler is not None:
+                objects["scaler"] = self.accelerator.scaler.state_dict()
+            ckpt.save_checkpoint(root / f"{ckpt.PREFIX}{step}", self._checkpoint_state(), tensors, objects)
+            ckpt.prune(root, self.args.save_total_limit, self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+        self.callbacks.call("on_save", self.state, self.control)
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {
+            "step": self.state.global_step,
+            "recipe_hash": recipe_hash(self.recipe),
+            "global_batch": self.global_batch,
+            "processes": self.accelerator.num_processes,
+            "cpu_threads": self.threads,
+            "best_metric": self.state.best_metric,
+            "best_step": self.state.best_global_step,
+            "corrupt": sorted(self.corrupt),
+            "seconds": self._seconds(),
+        }
+
+    def _open_run(self) -> None:
+        """Write the resolved recipe, open the log, the trackers and the progress bar; say what will happen."""
+        main, start = self.accelerator.is_main_process, self.state.global_step
+        if main:
+            ckpt.write_text(self.folder / RESOLVED, dump_recipe(self.recipe))
+            self.log_file = JsonLines(self.folder, keep_until=start)
+            self.state.log_history = read_log(self.folder)
+        if self.args.report_to:
+            self.accelerator.init_trackers("kd_hf", config=flat(self.recipe.model_dump(mode="json")))
+        for line in describe_run(self):
+            self.say(line)
+        models = {"student": self.parts.student, **self.parts.teachers}
+        self._write({"step": start, "models": {n: [h.info.name, h.info.parameters] for n, h in models.items()}})
+        self._clock = time.perf_counter()
+        self.progress = Progress(self.total_steps, start, self.global_batch, main and not self.args.disable_tqdm)
+
+    def _finish(self) -> TrainOutput:
+        """Export the student, close the log and the trackers."""
+        if self.accelerator.is_main_process:
+            self.save_model()
+        self.accelerator.wait_for_everyone()
+        self.callbacks.call("on_train_end", self.state, self.control)
+        if self.args.report_to:
+            self.accelerator.end_training()
+        if self.corrupt:
+            self.say(f"{len(self.corrupt)} unreadable training images were replaced by their neighbours")
+        return self._output()
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the student as a model that timm and transformers load (``student/`` of the run folder)."""
+        folder = Path(output_dir) if output_dir else self.folder / STUDENT
+        handle = self.parts.student
+        names = tuple(self.train_source.class_names)
+        if names and len(names) == handle.info.num_classes:
+            handle = replace(handle, label_names=names)
+        save_student(
+            handle, folder, state_dict=self._export_weights(), extra_files={RESOLVED: dump_recipe(self.recipe)}
+        )
+
+    def _export_weights(self) -> dict[str, Tensor]:
+        """The bare network's state dict: of the best evaluation or the last step, averaged or raw."""
+        averaged = self.ema is not None and self.args.ema is not None and self.args.ema.export
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            best = self.folder / "checkpoints" / f"{ckpt.PREFIX}{self.state.best_global_step}"
+            tensors = ckpt.load_tensors(best, "ema" if averaged else "module")
+        elif averaged:
+            tensors = self.ema.module.state_dict()  # type: ignore[union-attr]
+        else:
+            tensors = self.plain_module.state_dict()
+        prefix = "network." if averaged else "student.network."
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    def _output(self, stopped_by: str = "") -> TrainOutput:
+        metrics: dict[str, float] = {}
+        for entry in self.state.log_history:
+            metrics.update({key: value for key, value in entry.items() if key.startswith("eval_")})
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        return TrainOutput(self.state.global_step, losses[-1] if losses else math.nan, metrics, stopped_by)
+
+
+def _check_classes(parts: Assembly, source: Source) -> None:
+    """Refuse a student whose head does not fit the data's labels."""
+    if parts.student.info.num_classes != source.num_classes:
+        raise UserError(
+            f"student.num_classes is {parts.student.info.num_classes}, but {source.describe()} has "
+            f"{source.num_classes} classes"
+        )
+
+
+def _build_ema(cfg: EmaConfig, module: DistillModule) -> ModelEmaV3:
+    return ModelEmaV3(module.student, decay=cfg.decay, use_warmup=cfg.warmup, exclude_buffers=cfg.buffers == "copy")
+
+
+def _is_due(strategy: str, every: int | None, step: int, epoch_end: bool) -> bool:
+    return {"no": False, "epoch": epoch_end, "steps": bool(every) and step % every == 0}[strategy]  # type: ignore[operator]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:
+    """Nested recipe values under dotted names; trackers take scalars only."""
+    result: dict[str, str | float | int | bool] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{name}.")
+        elif value is not None:
+            result[name] = value if isinstance(value, (str, float, int, bool)) else str(value)
+    return result
+
+
+def describe_run(trainer: DistillTrainer) -> list[str]:
+    """The first lines of a run: what will be trained, on what, for how long."""
+    parts, args = trainer.parts, trainer.args
+    methods = ", ".join(choice.name for choice in parts.choices)
+    lines = [f"student {parts.student.info.name} ({parts.student.info.parameters / 1e6:.2f} M parameters)"]
+    lines += [f"{name} {h.info.name} ({h.info.parameters / 1e6:.2f} M)" for name, h in parts.teachers.items()]
+    lines.append(f"losses {methods}; data {trainer.train_source.describe()}")
+    lines.append(
+        f"{trainer.total_steps} steps of {trainer.global_batch} images ({trainer.steps_per_epoch} steps an epoch), "
+        f"{args.optim} at {args.learning_rate:g}, {trainer.accelerator.num_processes} process(es) on {trainer.device}, "
+        f"run folder {trainer.folder}"
+    )
+    return lines

@@ -1,0 +1,63 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kd_hf.config import DataConfig
+from kd_hf.data.draws import generator
+
+
+def make_image(index, width=48, height=40):
+    """A smooth colourful picture that differs from its neighbours."""
+    coarse = generator("picture", index).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def digits():
+    return DataConfig(path="builtin:digits")
+
+
+def write_folders(root, per_class=3, classes=("cat", "ant", "bee"), splits=("train", "val")):
+    index = 0
+    for split in splits:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                (folder / f"{i}.png").write_bytes(encode(make_image(index)))
+                index += 1
+    return root
+
+
+def write_parquet(path, rows, row_group=4, names=("ant", "bee", "cat"), start=0, features=None, **extra):
+    """A Parquet file as `datasets` writes it: image bytes, class labels, several row groups."""
+    import datasets
+
+    columns = {
+        "image": [{"bytes": encode(make_image(start + i)), "path": None} for i in range(rows)],
+        "label": [(start + i) % len(names) for i in range(rows)],
+        **extra,
+    }
+    features = features or datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path, batch_size=row_group)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """`datasets` prepares tables in a folder of this test, and finds no network."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)

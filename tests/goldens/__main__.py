@@ -1,0 +1,43 @@
+"""Command line of the check: ``python -m tests.goldens [DIR]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.goldens.check import LIMIT, Row, check_file, failed, passed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check a folder and print one row per file. Returns 0, 1 when a file failed, 2 when there is none."""
+    parser = argparse.ArgumentParser(prog="python -m tests.goldens", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent, metavar="DIR")
+    folder = parser.parse_args(argv).folder
+    files = sorted(folder.glob("*/*.safetensors"))
+    if not files:
+        print(f"tests.goldens: no <method>/<case>.safetensors in '{folder}'", file=sys.stderr)
+        return 2
+    widths = [max(map(len, names)) for names in ([f.parent.name for f in files], [f.stem for f in files])]
+    rows = []
+    for file in files:
+        row = check_file(file)
+        rows.append(row)
+        error = "-" if row.error is None else f"{row.error:.1e}"
+        print(f"{row.method:{widths[0]}}  {row.case:{widths[1]}}  {error:>8}  {row.status}", flush=True)
+    print(_summary(rows))
+    return int(any(failed(row) for row in rows))
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    others = [row for row in rows if not passed(row) and not failed(row)]
+    named = f" ({', '.join(f'{row.method}/{row.case}' for row in others)})" if others else ""
+    return (
+        f"{sum(map(passed, rows))} ok (relative error at most {LIMIT:g}), {sum(map(failed, rows))} failed, "
+        f"{len(others)} not covered{named}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""Run recorded files through our methods and compare every loss, part and gradient, in float64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kd_hf.errors import UserError
+from kd_hf.methods import get_method, method_names
+from kd_hf.methods.base import Method, MethodConfig, Outputs, Target
+from kd_hf.models.info import Shapes
+from tests.goldens.layouts import IGNORED, LAYOUTS, Layout, Output
+
+LIMIT = 1e-9
+# Values this small are differences of numbers near 1, so their own size says nothing about rounding.
+FLOOR = 1e-6
+
+
+class Mismatch(Exception):
+    """A file that our methods cannot reproduce, for the reason given."""
+
+
+class NotCovered(Exception):
+    """A file of a kind that there is no table entry for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The outcome for one file; `error` is the worst relative error, None when nothing could be compared."""
+
+    method: str
+    case: str
+    error: float | None
+    status: str
+
+
+def passed(row: Row) -> bool:
+    """Whether everything in the file agreed."""
+    return row.status == "ok"
+
+
+def failed(row: Row) -> bool:
+    """Whether something in the file did not."""
+    return row.status.startswith("FAILED")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A recorded file."""
+
+    method: str
+    hparams: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, file: Path) -> Golden:
+        """Read a file; floating-point tensors become float64."""
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
+        method = metadata.get("method", file.parent.name)
+        wide = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
+        return cls(method, json.loads(metadata.get("hparams", "{}")), wide)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors below a prefix such as ``in/``, by the rest of their names."""
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def target(self) -> Target:
+        """Labels: an index vector or rows, under whichever name; none at all gives -1."""
+        inputs = self.group("in/")
+        found = [inputs[name] for name in ("label", "labels", "target") if name in inputs]
+        if not found:
+            return Target(torch.full((len(next(iter(inputs.values()))),), -1))
+        return Target(found[0]) if found[0].ndim == 1 else Target(found[0].argmax(1), found[0])
+
+
+@dataclass
+class Term:
+    """One method of a case with its options and its weight in the recipe."""
+
+    name: str
+    options: Mapping[str, Any]
+    weight: float
+
+    def config(self, changes: Mapping[str, Any]) -> MethodConfig:
+        """The method's Config, with some options replaced."""
+        return get_method(self.name).Config.model_validate({**self.options, **changes})
+
+
+def make_term(name: str, layout: Layout, hparams: Mapping[str, Any]) -> Term:
+    """Translate official hyper-parameters. Raises Mismatch for unknown or missing ones."""
+    expected = {*layout.options, *([layout.weight] if layout.weight else [])}
+    if missing := expected - hparams.keys():
+        raise Mismatch(f"hparams lack {', '.join(sorted(missing))}")
+    if unknown := hparams.keys() - expected - layout.ignored - IGNORED:
+        raise Mismatch(f"unknown hparams {', '.join(sorted(unknown))}")
+    options = {ours: hparams[official] for official, ours in layout.options.items()}
+    return Term(name, {**layout.fixed, **options}, hparams[layout.weight] if layout.weight else 1.0)
+
+
+def rename(name: str, prefixes: Mapping[str, str]) -> str:
+    """Replace the first matching prefix of an official parameter name."""
+    for official, ours in prefixes.items():
+        if name.startswith(official):
+            return ours + name.removeprefix(official)
+    return name
+
+
+@dataclass
+class Run:
+    """What a case gives: unweighted losses ``term/part``, further recorded values, and leaves by their grad/ name."""
+
+    terms: list[Term]
+    losses: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    leaves: Mapping[str, Tensor]
+
+    def value(self, output: Output) -> Tensor:
+        """The sum of losses that an output stands for."""
+        total = torch.zeros((), dtype=torch.float64)
+        for term in self.terms:
+            if output.method in ("", term.name):
+                chosen = f"{term.name}/{output.part}"
+                parts = [v for k, v in self.losses.items() if k == chosen or (not output.part and k.startswith(chosen))]
+                total = total + (term.weight if output.weighted else 1.0) * torch.stack(parts).sum()
+        return total
+
+
+class Case(Protocol):
+    """A file brought into our terms."""
+
+    def expected(self) -> Mapping[str, Output]:
+        """Recorded outputs that have a counterpart, by name."""
+
+    def run(self, changes: Mapping[str, Any]) -> Run:
+        """Run with some options of the recorded method replaced."""
+
+
+@dataclass
+class TensorCase:
+    """A case that gives a method's input tensors directly."""
+
+    golden: Golden
+    layout: Layout
+    terms: list[Term] = field(init=False)
+
+    def __post_init__(self) -> None:
+        golden, layout = self.golden, self.layout
+        self.terms = [make_term(golden.method, layout, golden.hparams)]
+        if layout.task:
+            self.terms.insert(0, Term("task", layout.task(golden.hparams), layout.task_weight(golden.hparams)))
+
+    def expected(self) -> Mapping[str, Output]:
+        """Recorded outputs that have a counterpart."""
+        return {name: output for name, output in self.layout.outputs.items() if f"out/{name}" in self.golden.tensors}
+
+    def run(self, changes: Mapping[str, Any]) -> Run:
+        """Build the methods with some options replaced, and run them on fresh leaves."""
+        inputs = {name: tensor.clone() for name, tensor in self.golden.group("in/").items()}
+        leaves = {}
+        for name, slot in self.layout.inputs.items():
+            if name in inputs and slot.startswith("student."):
+                leaves[f"in/{name}"] = inputs[name].requires_grad_()
+        student, teacher = (self._outputs(side, inputs) for side in ("student", "teacher"))
+        draws = {ours: self.golden.tensors[f"draw/{name}"] for name, ours in self._draws().items()}
+        losses = {}
+        for term in self.terms:
+            built = self._build(term, changes if term.name == self.golden.method else {}, student, teacher)
+            parameters = dict(built.named_parameters())
+            for name in self.golden.group("param/") if term.name == self.golden.method else ():
+                ours = rename(name, self.layout.parameters)
+                if ours in parameters:
+                    leaves[f"param/{name}"] = parameters[ours]
+            parts = built(student, teacher, self.golden.target(), draws)
+            losses.update({f"{term.name}/{part}": value for part, value in parts.items()})
+        values = {"ori_scale": torch.tensor(self.layout.task_weight(self.golden.hparams), dtype=torch.float64)}
+        return Run(self.terms, losses, values, leaves)
+
+    def _draws(self) -> Mapping[str, str]:
+        return {name: ours for name, ours in self.layout.draws.items() if f"draw/{name}" in self.golden.tensors}
+
+    def _outputs(self, side: str, inputs: Mapping[str, Tensor]) -> Outputs:
+        slots = {slot: inputs[name] for name, slot in self.layout.inputs.items() if name in inputs}
+        found = {slot.partition(".")[2]: value for slot, value in slots.items() if slot.startswith(side)}
+        # a method on features alone is recorded without logits
+        logits = found.pop("logits", None)
+        logits = next(iter(found.values())).new_zeros(1, 1) if logits is None and found else logits
+        return Outputs(torch.zeros(1, 1) if logits is None else logits, found.pop("dist_logits", None), found)
+
+    def _build(self, term: Term, changes: Mapping[str, Any], student: Outputs, teacher: Outputs) -> Method:
+        classes = student.logits.shape[1]
+        ours, theirs = (
+            Shapes(classes, {role: tuple(tap.shape[1:]) for role, tap in outputs.taps.items()})
+            for outputs in (student, teacher)
+        )
+        built = get_method(term.name)(term.config(changes), ours, theirs, {}).double()
+        if term.name == self.golden.method:
+            load(built, {rename(k, self.layout.parameters): v for k, v in self.golden.group("param/").items()})
+        return built
+
+
+def load(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load all parameters of a module. Raises Mismatch when names or shapes differ."""
+    try:
+        module.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        raise Mismatch(" ".join(str(error).split())) from error
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference over the largest recorded magnitude; infinite when shapes differ or NaN."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=FLOOR)).item()
+    return error if error == error else float("inf")
+
+
+def compare(golden: Golden, case: Case) -> dict[str, float]:
+    """Relative error of everything recorded that has a counterpart, by key."""
+    base = case.run({})
+    errors = {}
+    for name, output in case.expected().items():
+        run = case.run(output.options) if output.options else base
+        errors[f"out/{name}"] = relative_error(run.value(output).detach(), golden.tensors[f"out/{name}"])
+    for name, value in base.values.items():
+        if f"out/{name}" in golden.tensors:
+            errors[f"out/{name}"] = relative_error(value, golden.tensors[f"out/{name}"])
+    if "out/loss" not in errors:
+        raise Mismatch("the file holds no out/loss")
+    base.value(Output(weighted=True)).backward()
+    for name, gradient in golden.group("grad/").items():
+        leaf = base.leaves.get(name)
+        if leaf is None:
+            raise Mismatch(f"grad/{name} has no counterpart")
+        ours = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        errors[f"grad/{name}"] = relative_error(ours, gradient)
+    return errors
+
+
+def open_case(golden: Golden) -> Case:
+    """The case of a file: input tensors, or images through networks. Raises NotCovered."""
+    if golden.method not in method_names():
+        raise NotCovered("no such method yet")
+    if golden.method not in LAYOUTS:
+        raise NotCovered("not covered")
+    if golden.group("student/"):
+        from tests.goldens.networks import NetworkCase
+
+        return NetworkCase(golden)
+    return TensorCase(golden, LAYOUTS[golden.method])
+
+
+def check_file(file: Path) -> Row:
+    """Check one file; never raises for what is wrong with the file."""
+    method, case = file.parent.name, file.stem
+    try:
+        golden = Golden.read(file)
+        errors = compare(golden, open_case(golden))
+    except NotCovered as reason:
+        return Row(method, case, None, str(reason))
+    except (Mismatch, UserError, ValidationError, SafetensorError, KeyError, ValueError, RuntimeError) as reason:
+        return Row(method, case, None, f"FAILED {type(reason).__name__}: {' '.join(str(reason).split())}")
+    worst = max(errors, key=lambda key: errors[key])
+    status = "ok" if errors[worst] <= LIMIT else f"FAILED {worst}"
+    return Row(method, case, errors[worst], status)

@@ -1,0 +1,113 @@
+"""Our methods give the losses and gradients of the official implementations, and the check of it can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.goldens.__main__ import main
+from tests.goldens.check import check_file
+
+FOLDER = Path(__file__).parent / "goldens"
+FILES = sorted(FOLDER.glob("*/*.safetensors"))
+
+
+def rewrite(source: Path, folder: Path, changes=(), hparams=(), method=None) -> Path:
+    """Copy a recorded file with some tensors, hyper-parameters or the method's name replaced."""
+    with safe_open(source, "pt") as stored:
+        metadata = dict(stored.metadata())
+        tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
+    for key, function in dict(changes).items():
+        tensors[key] = function(tensors[key])
+    metadata["hparams"] = json.dumps({**json.loads(metadata["hparams"]), **dict(hparams)})
+    metadata["method"] = method or metadata["method"]
+    file = folder / metadata["method"] / source.name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata)
+    return file
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_equal_to_the_official_code(file):
+    row = check_file(file)
+    assert row.status == "ok", row
+    assert row.error <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("kd/cifar_t3_a05", "out/loss"),
+        ("kd/cifar_t3_a05", "out/ori_scale"),
+        ("dkd/cifar_t4_a1_b8", "out/nckd_unweighted"),
+        ("wsld/imagenet_t2_a25", "grad/in/logit_s"),
+        ("uskd/imagenet_hard", "out/loss_rev_87a7197"),
+        ("uskd/e2e_deit_hard", "grad/student/blocks.0.attn.qkv.weight"),
+        ("uskd/e2e_deit_hard", "grad/param/loss_uskd.fc.bias"),
+        ("uskd/e2e_deit_hard", "out/logit_s"),
+        ("mgd/align_s12_t20", "grad/param/align.weight"),
+        ("deit_soft/numel_token_tau1", "grad/in/student_logits_kd"),
+    ],
+)
+def test_a_perturbed_value_fails_and_is_named(tmp_path, name, key):
+    file = rewrite(FOLDER / f"{name}.safetensors", tmp_path, {key: lambda value: value * (1 + 1e-6)})
+    row = check_file(file)
+    assert row.status == f"FAILED {key}"
+    assert row.error == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "hparams"),
+    [
+        ("kd/cifar_t3_a05", {"temp": 3.001}),
+        ("nkd/t3_g35_soft", {"gamma": 3.501}),
+        ("mgd/same_c16", {"lambda_mgd": 0.9}),
+        ("deit_soft/numel_token_tau1", {"reduction": "batchmean"}),
+        ("deit_hard/notoken_alpha03", {"smoothing": 0.0}),
+    ],
+)
+def test_every_hyper_parameter_counts(tmp_path, name, hparams):
+    assert check_file(rewrite(FOLDER / f"{name}.safetensors", tmp_path, hparams=hparams)).status.startswith("FAILED")
+
+
+def test_what_cannot_be_run_fails_with_the_reason(tmp_path):
+    source = FOLDER / "kd" / "cifar_t3_a05.safetensors"
+    unknown = rewrite(source, tmp_path / "a", hparams={"sharpness": 1})
+    assert check_file(unknown).status == "FAILED Mismatch: unknown hparams sharpness"
+    stray = rewrite(FOLDER / "uskd" / "imagenet_hard.safetensors", tmp_path / "b", {"param/fc.bias": lambda v: v[:-1]})
+    assert "size mismatch for weak.bias" in check_file(stray).status
+    broken = tmp_path / "kd" / "broken.safetensors"
+    broken.parent.mkdir()
+    broken.write_bytes(b"no tensors")
+    assert check_file(broken).status.startswith("FAILED SafetensorError")
+
+
+def test_exit_codes_and_table(tmp_path, capsys):
+    assert main([str(FOLDER)]) == 0
+    *rows, summary = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(FILES)
+    assert all(row.endswith("  ok") for row in rows)
+    assert len({row.rindex("  ok") for row in rows}) == 1, "the columns are not aligned"
+    assert summary.startswith(f"{len(FILES)} ok")
+
+    rewrite(FILES[0], tmp_path)
+    rewrite(FILES[0], tmp_path, method="of_next_year")
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no such method yet" in out
+    assert f"1 not covered (of_next_year/{FILES[0].stem})" in out
+
+    rewrite(FILES[0], tmp_path, {"out/loss": torch.neg})
+    assert main([str(tmp_path)]) == 1
+    assert "FAILED out/loss" in capsys.readouterr().out
+
+
+def test_nothing_to_check_is_one_line(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert main([str(folder)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
