@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kd_hf.checkpoint import write_text
+from kd_hf.checkpoint import write_text, writing
 
 LOG = "log.jsonl"
 
@@ -83,7 +83,7 @@ class JsonLines:
         """Append a line; non-finite numbers become null, which is what JSON has."""
         clean = {key: None if value != value or value in (float("inf"), float("-inf")) else value
                  for key, value in values.items()}  # fmt: skip
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
 

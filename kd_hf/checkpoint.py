@@ -24,43 +24,50 @@ FORMAT = 1
 
 
 @contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what the system says against writing `target` (full disk, no permission) into one line for the user."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # safetensors and torch wrap the system's error, so its words are looked for too
+        number, text = getattr(error, "errno", None), str(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+            raise UserError(f"no space left on the disk while writing {target}; nothing there was changed") from None
+        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or number == errno.EROFS:
+            raise UserError(f"cannot write {target}: {error.strerror}") from None
+        raise
+
+
+@contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Write a folder so that `target` is never half there: yields a temporary sibling, renamed at the end.
 
-    An existing `target` stays until the new one is complete. A full disk becomes a :class:`UserError`
-    and leaves nothing behind.
+    An existing `target` stays until the new one is complete. A full disk or a missing permission becomes a
+    :class:`UserError` and leaves nothing behind.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _fsync(path)
-        if target.exists():
-            aside = target.parent / f".old-{target.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            target.rename(aside)
-            temporary.rename(target)
-            shutil.rmtree(aside)
-        else:
-            temporary.rename(target)
-        _fsync(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _disk_is_full(error):
-            raise UserError(f"no space left on the disk while writing {target}; nothing there was changed") from None
-        raise
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _fsync(path)
+            _swap_in(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _disk_is_full(error: Exception) -> bool:
-    """safetensors and torch wrap the system's error, so its words are looked for too."""
-    number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+def _swap_in(temporary: Path, target: Path) -> None:
+    aside = target.parent / f".old-{target.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    temporary.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    _fsync(target.parent)
 
 
 def _fsync(path: Path) -> None:
@@ -73,16 +80,15 @@ def _fsync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _fsync(temporary)
-        temporary.replace(path)
-    except OSError as error:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            _fsync(temporary)
+            temporary.replace(path)
+    except UserError:
         temporary.unlink(missing_ok=True)
-        if _disk_is_full(error):
-            raise UserError(f"no space left on the disk while writing {path}; nothing there was changed") from None
         raise
 
 

@@ -63,7 +63,8 @@ def measure(
         max_samples=max_samples,
     )
     meters = {name: ClassificationMeter(accelerator.device) for name in models}
-    for index, batch in enumerate(tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not (progress and watched()))):
+    hidden = not (progress and watched())
+    for index, batch in enumerate(tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden)):
         batch = batch.to(accelerator.device)
         pixels, _ = stage(batch)
         chosen = known[index] if known and index < len(known) else None

@@ -9,11 +9,12 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 
 from kd_hf.config import TrainConfig
 from kd_hf.data.draws import hash_key
-from kd_hf.errors import UserError
+from kd_hf.errors import UserError, nearest
 
 
 def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Accelerator:
@@ -23,10 +24,13 @@ def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Acce
         cfg: the recipe's `train` block.
         unused_parameters: whether some steps leave parameters without gradient (a loss that pauses).
     """
+    use_cpu = cfg.use_cpu or not torch.accelerator.is_available()
+    if cfg.fp16 and use_cpu:
+        raise UserError("train.fp16 needs a GPU; on a CPU use train.bf16 or neither")
+    _check_trackers(cfg.report_to)
     # a second run in one process (teacher, then student) starts from a clean state
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
-    use_cpu = cfg.use_cpu or not torch.accelerator.is_available()
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)
     accelerator = Accelerator(
         cpu=use_cpu,
@@ -46,6 +50,16 @@ def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Acce
             "accelerate_configs/2cpu.yaml (distributed_type: MULTI_GPU with use_cpu: true)"
         )
     return accelerator
+
+
+def _check_trackers(names: list[str]) -> None:
+    known = {kind.value for kind in LoggerType} - {LoggerType.ALL.value}
+    installed = {kind.value for kind in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise UserError(f"train.report_to: unknown tracker '{name}'.{nearest(name, known)}")
+        if name not in installed:
+            raise UserError(f"train.report_to: the tracker '{name}' is not installed; pip install {name}")
 
 
 def set_cpu_threads(wanted: int | str, processes: int) -> int:

@@ -27,7 +27,7 @@ from kd_hf.errors import UserError
 from kd_hf.evaluation import Evaluator, measure_teachers
 from kd_hf.hub import save_student
 from kd_hf.optim import LrSchedule, build_optimizer
-from kd_hf.recipe import RESOLVED, dump_recipe, recipe_hash
+from kd_hf.recipe import RESOLVED, dump_recipe, recipe_hash, trained_hash
 from kd_hf.runtime import StopSignal, build_accelerator, seed_networks, set_cpu_threads
 from kd_hf.teacher import Teacher, check_label_order
 from kd_hf.window import LossWindow
@@ -139,6 +139,10 @@ class DistillTrainer:
             resume_from_checkpoint: as the recipe's field of that name, which it overrides.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        if wanted is None and trained_hash(self.folder / STUDENT) == recipe_hash(self.recipe):
+            self.state.log_history = read_log(self.folder)
+            self.say(f"{self.folder} holds the finished run of this recipe; nothing to train")
+            return self._output()
         self._resume(wanted)
         with StopSignal() as stop:
             self._open_run()
@@ -147,6 +151,11 @@ class DistillTrainer:
                     self._gate()
                 self.callbacks.call("on_train_begin", self.state, self.control)
                 self._loop(stop)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"out of memory on {self.device}: lower train.per_device_train_batch_size and raise "
+                    "train.gradient_accumulation_steps by the same factor, or set train.activation_checkpointing"
+                ) from None
             finally:
                 if self.progress:
                     self.progress.close()
@@ -170,6 +179,11 @@ class DistillTrainer:
             self.callbacks.call("on_step_end", self.state, self.control)
             if self._after_step(stop):
                 return
+        if self.state.global_step < self.total_steps:  # a callback ended the run: it closes as at its last step
+            self._log_losses(False)
+            self.evaluate()
+            if self.args.save_strategy != "no":
+                self.save_checkpoint()
 
     def _after_step(self, stop: StopSignal) -> bool:
         """Log, evaluate and save as the recipe says; True when the run was asked to stop."""
@@ -182,7 +196,9 @@ class DistillTrainer:
         epoch_end = step % self.steps_per_epoch == 0
         if _is_due(args.eval_strategy, args.eval_steps, step, epoch_end) or control.should_evaluate or last:
             self.evaluate()
-        if _is_due(args.save_strategy, args.save_steps, step, epoch_end) or control.should_save or stopping or last:
+        if _is_due(args.save_strategy, args.save_steps, step, epoch_end) or control.should_save or stopping:
+            self.save_checkpoint()
+        elif last and args.save_strategy != "no":
             self.save_checkpoint()
         control.should_log = control.should_evaluate = control.should_save = False
         if epoch_end:

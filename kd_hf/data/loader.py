@@ -204,6 +204,7 @@ class BatchLoader:
             num_workers=workers,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else it draws a number from the global one
             persistent_workers=workers > 0,
             prefetch_factor=prefetch_factor if workers else None,
         )

@@ -23,12 +23,16 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
     return F.cross_entropy(student / temperature, rows, reduction="none") * temperature**2
 
 
-def without(logits: Tensor, classes: Tensor) -> Tensor:
-    """Logits ``[B, K]`` with -inf at the class indices ``[B, J]``, so that softmax runs over the other classes.
+# A removed class: its exponential is exactly 0 and, unlike with -inf, so is 0 times its logarithm.
+REMOVED = -1e30
 
-    Taking the log-sum-exp of the result is exact where ``log(1 - p)`` would overflow because p rounds to 1.
+
+def without(logits: Tensor, classes: Tensor) -> Tensor:
+    """Logits ``[B, K]`` in which softmax and log-sum-exp run over the classes other than the indices ``[B, J]``.
+
+    This is exact where ``log(1 - p)`` would overflow because p rounds to 1.
     """
-    return logits.scatter(1, classes, -torch.inf)
+    return logits.scatter(1, classes, REMOVED)
 
 
 def rest_cross_entropy(logits: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ def rest_cross_entropy(logits: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
     Returns:
         ``[B]``.
     """
-    return without(logits, classes).logsumexp(1) - (rows * logits).sum(1)
+    return F.cross_entropy(without(logits, classes), rows, reduction="none")
 
 
 def labelled(hard: Tensor) -> tuple[Tensor, Tensor]:

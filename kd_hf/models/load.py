@@ -311,6 +311,7 @@ def _timm_label_names(network: Any, request: _Request, source: _Source) -> tuple
 
 def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSES
 
     trust = {"trust_remote_code": request.trust_remote_code}
     if source.folder is not None:
@@ -319,6 +320,8 @@ def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
     else:
         values = _config_values(request, CONFIG_MAPPING[source.architecture]())
         config = AutoConfig.for_model(source.architecture, **values)
+        if isinstance(CLASSES.get(source.architecture), tuple) and not config.architectures:
+            config.architectures = [CLASSES[source.architecture][0]]  # several classes: the plain one is first
     if request.weights and source.folder is not None:
         network = _with_weights(request, source.folder, config)
     else:

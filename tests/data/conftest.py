@@ -55,9 +55,11 @@ def write_parquet(path, rows, row_group=4, names=("ant", "bee", "cat"), start=0,
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    """`datasets` prepares tables in a folder of this test, and finds no network."""
+def private_cache(tmp_path_factory, monkeypatch):
+    """`datasets` prepares tables in a folder of this test, and looks for no network."""
     import datasets
+    import huggingface_hub
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

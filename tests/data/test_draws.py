@@ -8,7 +8,7 @@ from kd_hf.data.draws import MASK64, Draws, _finalise, _signed, generator, hash_
 
 
 def keys(count, seed=0):
-    return torch.tensor([hash_key(seed, 0, row, 0) for row in range(count)])
+    return torch.tensor([hash_key(seed, 0, row, 0) for row in range(count)], dtype=torch.int64)
 
 
 def test_known_values():
