@@ -95,10 +95,12 @@ def live_part(handle: ModelHandle, part: str) -> nn.Module:
 
 def enable_checkpointing(network: nn.Module) -> None:
     """Recompute activations in the backward pass instead of keeping them."""
-    if hasattr(network, "gradient_checkpointing_enable"):
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    elif hasattr(network, "set_grad_checkpointing"):
-        network.set_grad_checkpointing(True)
+    transformers_way = getattr(network, "gradient_checkpointing_enable", None)
+    timm_way = getattr(network, "set_grad_checkpointing", None)
+    if callable(transformers_way):
+        transformers_way({"use_reentrant": False})
+    elif callable(timm_way):
+        timm_way(True)
     else:
         raise UserError("train.activation_checkpointing: this student does not support it")
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 _DURATION = re.compile(r"\s*([0-9.eE+-]+)\s*(steps?|epochs?)?\s*")
 
@@ -29,7 +29,7 @@ class Duration:
             amount = float(match[1]) if match else math.nan
         except ValueError:
             amount = math.nan
-        if isinstance(value, bool) or match is None or not amount >= 0:
+        if isinstance(value, bool) or match is None or not 0 <= amount < math.inf:
             raise ValueError("expected a duration such as '5 epochs', '300 steps', 300 or a ratio below 1")
         if match[2]:
             return cls(amount, "epochs" if match[2].startswith("epoch") else "steps")
@@ -43,7 +43,9 @@ class Duration:
         return round(self.amount * scale)
 
     def __str__(self) -> str:
-        return f"{self.amount:g}" if self.unit == "ratio" else f"{self.amount:g} {self.unit}"
+        # all digits, because the resolved recipe is read back
+        amount = int(self.amount) if float(self.amount).is_integer() else self.amount
+        return str(amount) if self.unit == "ratio" else f"{amount} {self.unit}"
 
 
 DurationField = Annotated[
@@ -57,7 +59,7 @@ DurationField = Annotated[
 class Ramp(BaseModel):
     """A weight that moves: ``warmup: [from, to, duration]`` (linear) or ``cosine: [from, to, duration]``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     warmup: tuple[float, float, DurationField] | None = None
     cosine: tuple[float, float, DurationField] | None = None
 
@@ -68,13 +70,20 @@ class Ramp(BaseModel):
         return self
 
     @property
+    def course(self) -> tuple[float, float, Duration]:
+        """(from, to, duration) of whichever form was given."""
+        course = self.warmup or self.cosine
+        assert course is not None  # the validator saw to it
+        return course
+
+    @property
     def touches_zero(self) -> bool:
         """Whether the weight is 0 at its start or from its end on."""
-        start, end, _ = self.warmup or self.cosine  # type: ignore[misc]
+        start, end, _ = self.course
         return start == 0 or end == 0
 
 
-Weight = float | Ramp
+Weight = Annotated[float, Field(allow_inf_nan=False)] | Ramp
 
 
 def weight_at(weight: Weight, until: Duration | None, step: int, total_steps: int, steps_per_epoch: int) -> float:
@@ -83,7 +92,7 @@ def weight_at(weight: Weight, until: Duration | None, step: int, total_steps: in
         return 0.0
     if not isinstance(weight, Ramp):
         return weight
-    start, end, duration = weight.warmup or weight.cosine  # type: ignore[misc]
+    start, end, duration = weight.course
     length = max(1, duration.steps(total_steps, steps_per_epoch))
     done = min(1.0, step / length)
     if weight.cosine is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kd_hf.checkpoint import write_text, writing
+from kd_hf.files import write_text, writing
 
 LOG = "log.jsonl"
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,79 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kd_hf.errors import UserError
+from kd_hf.files import atomic_folder
 
 PREFIX = "checkpoint-"
 STATE = "state.json"
 FORMAT = 1
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Turn what the system says against writing `target` (full disk, no permission) into one line for the user."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # safetensors and torch wrap the system's error, so its words are looked for too
-        number, text = getattr(error, "errno", None), str(error)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-            raise UserError(f"no space left on the disk while writing {target}; nothing there was changed") from None
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or number == errno.EROFS:
-            raise UserError(f"cannot write {target}: {error.strerror}") from None
-        raise
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Write a folder so that `target` is never half there: yields a temporary sibling, renamed at the end.
-
-    An existing `target` stays until the new one is complete. A full disk or a missing permission becomes a
-    :class:`UserError` and leaves nothing behind.
-    """
-    temporary = target.parent / f".tmp-{target.name}"
-    try:
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            yield temporary
-            for path in (*temporary.rglob("*"), temporary):
-                _fsync(path)
-            _swap_in(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _swap_in(temporary: Path, target: Path) -> None:
-    aside = target.parent / f".old-{target.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        target.rename(aside)
-    temporary.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            _fsync(temporary)
-            temporary.replace(path)
-    except UserError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_checkpoint(
@@ -161,19 +90,10 @@ def step_of(checkpoint: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def prune(folder: Path, keep: int | None, best: int | None, report: Callable[[str], None] = lambda _: None) -> None:
+def prune(folder: Path, keep: int | None, best: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the one of step `best`. None keeps all."""
     if keep is None:
         return
     for path in list_checkpoints(folder)[:-keep]:
         if step_of(path) != best:
             shutil.rmtree(path)
-            report(f"deleted {path}")
-
-
-def clear_run(folder: Path) -> None:
-    """Delete what a run writes into its folder, and nothing else."""
-    for name in ("checkpoints", "student", "report"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("log.jsonl", "recipe.resolved.yaml"):
-        (folder / name).unlink(missing_ok=True)

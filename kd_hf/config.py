@@ -12,7 +12,7 @@ from kd_hf.balance import Duration, DurationField, Weight
 class Block(BaseModel):
     """A recipe block: unknown keys are refused, values are coerced (so `1e-4` is a number)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class PreprocessingConfig(Block):
@@ -203,7 +203,7 @@ class TrainConfig(Block):
     lr_scheduler_type: Literal["cosine", "linear", "step", "multistep", "constant"] = "cosine"
     lr_schedule_on: Literal["step", "epoch"] = "step"
     """Whether the learning rate moves at every step or at epoch ends."""
-    warmup_steps: DurationField = Duration(0, "steps")
+    warmup_steps: DurationField = Duration(0.0, "steps")
     """`5 epochs`, `500 steps`, 500, or a ratio of the run below 1."""
     warmup_lr: float = Field(0.0, ge=0)
     min_lr: float = Field(0.0, ge=0)
@@ -244,11 +244,13 @@ class TrainConfig(Block):
     def _consistent(self) -> TrainConfig:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
-        for kind, steps in ((self.eval_strategy, self.eval_steps), (self.save_strategy, self.save_steps)):
-            if kind == "steps" and steps is None:
-                raise ValueError("a strategy of `steps` needs `eval_steps` or `save_steps`")
+        for what in ("eval", "save"):
+            if getattr(self, f"{what}_strategy") == "steps" and getattr(self, f"{what}_steps") is None:
+                raise ValueError(f"`{what}_strategy: steps` needs `{what}_steps`")
         if self.lr_scheduler_type in ("step", "multistep") and not self.lr_decay_at:
-            raise ValueError(f"lr_scheduler_type: {self.lr_scheduler_type} needs `lr_decay_at`")
+            raise ValueError(f"`lr_scheduler_type: {self.lr_scheduler_type}` needs `lr_decay_at`")
+        if self.lr_scheduler_type == "step" and len(self.lr_decay_at) > 1:
+            raise ValueError("`lr_scheduler_type: step` has one period in `lr_decay_at`; use multistep for milestones")
         return self
 
 

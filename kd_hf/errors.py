@@ -15,10 +15,11 @@ class UserError(Exception):
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` (leading space), or the list of choices when none is close."""
     names = sorted(str(choice) for choice in choices)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return f" Did you mean '{close[0]}'?"
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    likeness = {other: difflib.SequenceMatcher(None, other.lower(), name.lower()).ratio() for other in names}
+    ranked = sorted(names, key=lambda other: -likeness[other])
+    if ranked and likeness[ranked[0]] >= 0.6:
+        return f" Did you mean '{ranked[0]}'?"
+    shown = ", ".join(sorted(ranked[:12])) + (", …" if len(names) > 12 else "")
     return f" Known: {shown}." if names else ""
 
 
@@ -33,7 +34,8 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         code = main(sys.argv[1:])
     except UserError as error:
         if is_main_process():
-            print(f"kd_hf: error: {error}", file=sys.stderr, flush=True)
+            # one line, whatever a library's message that was quoted looked like
+            print(f"kd_hf: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("kd_hf: interrupted", file=sys.stderr, flush=True)

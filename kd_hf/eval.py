@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     if is_main_process():
         print(_table(values))
         if args.json:
-            from kd_hf.checkpoint import write_text
+            from kd_hf.files import write_text
 
             write_text(args.json, json.dumps(values, indent=1) + "\n")
     return 0

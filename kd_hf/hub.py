@@ -11,12 +11,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kd_hf.models.handle import ModelHandle
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_LINE = 64  # bytes: what torch's own allocations are aligned to
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def save_student(
@@ -97,7 +111,6 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _write_timm(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
     from timm.models._hub import save_config_for_hf
 
     facts = handle.info.preprocessing
@@ -115,7 +128,33 @@ def _write_timm(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -
     # transformers' timm wrapper passes num_classes itself and fails on a second one; the root key serves both
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(folder / "model.safetensors", weights)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write CPU tensors as safetensors, each on the widest boundary of the file, up to 64 bytes, that its size allows.
+
+    Readers map the file into memory, and matrix kernels round differently on weights that start off a boundary.
+    The format allows padding after the header only, so the tensors are ordered by the power of two in their size:
+    each then starts on a multiple of it.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-_alignment(item[1].nbytes), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _LINE)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _alignment(size: int) -> int:
+    """The largest power of two that divides a number of bytes, 64 at most."""
+    return min(size & -size, _LINE) if size else _LINE
 
 
 def _timm_labels(handle: ModelHandle) -> dict[str, Any]:
@@ -132,14 +171,24 @@ def _timm_labels(handle: ModelHandle) -> dict[str, Any]:
 
 
 def _write_transformers(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
+    from safetensors.torch import load_file
+
     network: Any = handle.network
     network.save_pretrained(folder, state_dict=weights)
+    for path in folder.glob("*.safetensors"):
+        aligned = path.with_suffix(".aligned")
+        write_safetensors(aligned, load_file(path))
+        aligned.replace(path)
     config = copy.deepcopy(network.config)
     if handle.label_names:
         config.id2label = dict(enumerate(handle.label_names))
         config.label2id = {name: index for index, name in enumerate(handle.label_names)}
     config.save_pretrained(folder)
     _image_processor(handle).save_pretrained(folder)
+    # the processor holds whole pixels only; the exact ratio lets a reader recover the preprocessing as it was
+    path = folder / "preprocessor_config.json"
+    processor = json.loads(path.read_text(encoding="utf-8")) | {"crop_pct": handle.info.preprocessing.crop_pct}
+    path.write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
 
 def _image_processor(handle: ModelHandle) -> Any:

@@ -18,7 +18,7 @@ class ClassificationMeter:
     names = ("top1", "top5", "agreement", "labelled", "compared")
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(self.names), dtype=torch.int64, device=device)
 
     def update(self, logits: Tensor, label: Tensor, valid: Tensor, teacher_class: Tensor | None = None) -> None:
         """Add a batch.
@@ -45,5 +45,5 @@ class ClassificationMeter:
             values |= {"top1": 100.0 * top1 / labelled, "top5": 100.0 * top5 / labelled}
         if compared:
             values["agreement"] = 100.0 * agreement / compared
-        values["samples"] = max(labelled, compared)
+        values["samples"] = float(max(labelled, compared))
         return values

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -23,8 +27,9 @@ def build_optimizer(module: DistillModule, cfg: TrainConfig) -> Optimizer:
     Norms, biases and what a network lists in ``no_weight_decay()`` are not decayed unless
     ``decay_norm_and_bias``; layer decay applies to the student only.
     """
-    if cfg.optim.lower() not in list_optimizers():
-        raise UserError(f"train.optim: unknown optimiser '{cfg.optim}'.{nearest(cfg.optim, list_optimizers())}")
+    known = [str(name) for name in list_optimizers()]
+    if cfg.optim.lower() not in known:
+        raise UserError(f"train.optim: unknown optimiser '{cfg.optim}'.{nearest(cfg.optim, known)}")
     groups = [*_student_groups(module.student.network, cfg), *_plain_groups(module.methods, cfg)]
     groups = [group for group in groups if group["params"]]
     try:
@@ -36,7 +41,7 @@ def build_optimizer(module: DistillModule, cfg: TrainConfig) -> Optimizer:
             momentum=cfg.momentum,
             **cfg.optim_args,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"train.optim_args: {cfg.optim} does not take these arguments: {error}") from None
 
 
@@ -81,7 +86,7 @@ class LrSchedule:
 
         warmup = units(cfg.warmup_steps.steps(total_steps, steps_per_epoch))
         length = max(1, units(total_steps))
-        milestones = [units(at.steps(total_steps, steps_per_epoch)) for at in cfg.lr_decay_at]
+        milestones = sorted(units(at.steps(total_steps, steps_per_epoch)) for at in cfg.lr_decay_at)
         common = {"warmup_t": warmup, "warmup_lr_init": cfg.warmup_lr, "t_in_epochs": False}
         self.scheduler = _SCHEDULERS[cfg.lr_scheduler_type](optimizer, cfg, length, milestones, common)
 
@@ -100,7 +105,9 @@ def _linear(optimizer: Optimizer, cfg: TrainConfig, length: int, _: list[int], c
 
 
 def _multistep(optimizer: Optimizer, cfg: TrainConfig, _: int, at: list[int], common: dict[str, Any]) -> Scheduler:
-    return MultiStepLRScheduler(optimizer, decay_t=at, decay_rate=cfg.lr_decay_rate, **common)
+    # timm lowers the rate one unit before a milestone; here, as in torch, it holds up to the milestone
+    later = [milestone + 1 for milestone in at]
+    return MultiStepLRScheduler(optimizer, decay_t=later, decay_rate=cfg.lr_decay_rate, **common)
 
 
 def _step(optimizer: Optimizer, cfg: TrainConfig, _: int, at: list[int], common: dict[str, Any]) -> Scheduler:

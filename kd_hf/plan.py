@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kd_hf.assemble import Assembly
     from kd_hf.config import Recipe
     from kd_hf.distill import Choice
+    from kd_hf.trainer import DistillTrainer
 
 
 def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
@@ -116,6 +117,21 @@ def describe(plan: dict[str, Any]) -> str:
         names = ", ".join(plan["batch_coupled"])
         lines.append(f"coupled    {names}: this loss mixes the images of one process's batch, so its size matters")
     return "\n".join(lines)
+
+
+def announce(trainer: DistillTrainer) -> list[str]:
+    """The first lines of a run: what will be trained, on what, for how long."""
+    parts, args = trainer.parts, trainer.args
+    networks = {"student": parts.student.info, **{name: handle.info for name, handle in parts.teachers.items()}}
+    losses = ", ".join(choice.name for choice in parts.choices)
+    return [
+        *(f"{name:8} {info.name} ({info.parameters / 1e6:.2f} M parameters)" for name, info in networks.items()),
+        f"losses   {losses}",
+        f"data     {trainer.train_source.describe()}",
+        f"steps    {trainer.total_steps} of {trainer.global_batch} images, {trainer.steps_per_epoch} an epoch; "
+        f"{args.optim} at {args.learning_rate:g}; {trainer.accelerator.num_processes} process(es) on {trainer.device}",
+        f"folder   {trainer.run.path}",
+    ]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -25,6 +25,8 @@ from kd_hf.errors import UserError, nearest
 Keys = tuple[str, ...]
 
 RESOLVED = "recipe.resolved.yaml"
+_UNION_TAGS = ("float", "int", "bool", "str", "Ramp")
+_LONGEST_VALUE = 80  # characters of a wrong value that a message shows
 _HASH_LINE = "# recipe hash: "
 
 # what may change between a run and its resumption, or from machine to machine, without changing the result
@@ -91,19 +93,19 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         UserError: on anything wrong, naming file and line (or the override) and the nearest valid name.
     """
-    tree = _read_with_bases(Path(path), ())
+    tree = _read_with_bases(Path(path), (), "")
     for override in overrides:
         tree.merge(_read_override(override))
     methods = tree.values.get("methods")
     if isinstance(methods, dict):
         _check_method_names(methods, tree)
-        tree.values["methods"] = {name: block or {} for name, block in methods.items() if block is not False}
+        kept = {name: {} if block is None else block for name, block in methods.items() if block is not False}
+        tree.values["methods"] = kept
     try:
         recipe = Recipe.model_validate(tree.values)
     except ValidationError as error:
         raise UserError(_explain(error, tree, Recipe, ())) from None
-    _check_method_options(recipe, tree)
-    return recipe
+    return recipe.model_copy(update={"methods": _with_all_options(recipe, tree)})
 
 
 def _check_method_names(methods: Mapping[str, Any], tree: _Tree) -> None:
@@ -116,50 +118,57 @@ def _check_method_names(methods: Mapping[str, Any], tree: _Tree) -> None:
             raise UserError(f"{place}: unknown method '{method}'.{nearest(str(method), method_names())}")
 
 
-def _check_method_options(recipe: Recipe, tree: _Tree) -> None:
+def _with_all_options(recipe: Recipe, tree: _Tree) -> dict[str, MethodBlock]:
+    """Check the methods' own options and write out their defaults, so that the resolved recipe says everything."""
     from kd_hf.methods import get_method
 
     teachers = recipe.all_teachers()
+    blocks = {}
     for name, block in recipe.methods.items():
-        where = ("methods", name)
+        where, config = ("methods", name), get_method(block.method or name).Config
         try:
-            get_method(block.method or name).Config.model_validate(block.options)
+            options = config.model_validate(block.options).model_dump(mode="json")
         except ValidationError as error:
-            raise UserError(_explain(error, tree, get_method(block.method or name).Config, where)) from None
+            raise UserError(_explain(error, tree, config, where)) from None
         if block.teacher is not None and block.teacher not in teachers:
             place = tree.place((*where, "teacher"))
-            raise UserError(f"{place}: methods.{name}.teacher: no teacher '{block.teacher}'."
-                            f"{nearest(block.teacher, teachers)}")  # fmt: skip
+            hint = nearest(block.teacher, teachers)
+            raise UserError(f"{place}: methods.{name}.teacher: no teacher '{block.teacher}'.{hint}")
+        own = {key: getattr(block, key) for key in block.model_fields_set & MethodBlock.model_fields.keys()}
+        blocks[name] = MethodBlock.model_validate({**own, **options})
+    return blocks
 
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def _read_with_bases(path: Path, above: tuple[Path, ...]) -> _Tree:
+def _read_with_bases(path: Path, above: tuple[Path, ...], named_at: str) -> _Tree:
+    """Read a file over its fragments; `above` are the files that led here, `named_at` is where this one was named."""
     if path.resolve() in above:
         chain = " → ".join(p.name for p in (*above, path))
-        raise UserError(f"{above[-1]}: `base:` fragments include each other: {chain}")
-    own = _read_file(path, above)
+        raise UserError(f"{named_at}: `base:` fragments include each other: {chain}")
+    own = _read_file(path, named_at)
+    place = own.place(("base",))
     bases = own.values.pop("base", None) or []
     if isinstance(bases, str):
         bases = [bases]
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise UserError(f"{own.place(('base',))}: `base` is a list of YAML files")
+        raise UserError(f"{place}: `base` is a list of YAML files")
     merged = _Tree()
     for base in bases:
-        merged.merge(_read_with_bases(path.parent / base, (*above, path.resolve())))
+        merged.merge(_read_with_bases(path.parent / base, (*above, path.resolve()), place))
     merged.merge(own)
     return merged
 
 
-def _read_file(path: Path, above: tuple[Path, ...]) -> _Tree:
+def _read_file(path: Path, named_at: str) -> _Tree:
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         folder = path.parent if path.parent.is_dir() else Path()
         hint = nearest(path.name, [p.name for p in folder.glob("*.yaml")])
-        named = f" (named by `base:` of {above[-1]})" if above else ""
-        raise UserError(f"no recipe '{path}'{named}.{hint}") from None
+        missing = f"{named_at}: base: no file '{path}'" if named_at else f"no recipe '{path}'"
+        raise UserError(f"{missing}.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read recipe '{path}': {error}") from None
     try:
@@ -167,11 +176,14 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> _Tree:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{path}{line}: not valid YAML: {_reason(error)}") from None
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: a recipe is a mapping of blocks such as `student:`, `data:`, `train:`")
-    tree = _Tree()
-    tree.values = _construct(node, (), tree.places, str(path))
+    tree = _Tree(places={(): str(path)})
+    try:
+        tree.values = _construct(node, (), tree.places, str(path))
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: an alias contains itself") from None
     named = tree.values.get("teachers")
     for block in [tree.values.get("teacher"), *(named.values() if isinstance(named, dict) else ())]:
         if isinstance(block, dict) and isinstance(block.get("recipe"), str):  # files named in a file are relative to it
@@ -182,17 +194,26 @@ def _read_file(path: Path, above: tuple[Path, ...]) -> _Tree:
 def _construct(node: yaml.Node, keys: Keys, places: dict[Keys, str], file: str) -> Any:
     """The value of a YAML node; records the line of every mapping key."""
     if not isinstance(node, yaml.MappingNode):
-        loader = _Loader("")
-        return loader.construct_object(node, deep=True)
+        try:
+            return _Loader("").construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError) as error:  # a foreign tag; a date that does not exist
+            raise UserError(f"{file}:{node.start_mark.line + 1}: not valid YAML: {_reason(error)}") from None
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = str(getattr(key_node, "value", key_node))
         place = f"{file}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{place}: a key must be a single word")
+        key = str(key_node.value)
         if key in values:
             raise UserError(f"{place}: '{'.'.join((*keys, key))}' is written twice")
         places[(*keys, key)] = place
         values[key] = _construct(value_node, (*keys, key), places, file)
     return values
+
+
+def _reason(error: Exception) -> str:
+    """What YAML says is wrong, on one line."""
+    return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def _read_override(text: str) -> _Tree:
@@ -202,8 +223,8 @@ def _read_override(text: str) -> _Tree:
         raise UserError(f"'{text}' is not an override; write block.key=value, e.g. train.learning_rate=1e-3")
     try:
         leaf: Any = yaml.load(value, Loader=_Loader)  # a SafeLoader subclass
-    except yaml.YAMLError:
-        raise UserError(f"override '{text}': the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"override '{text}': the value is not valid YAML: {_reason(error)}") from None
     tree = _Tree(places={keys[: i + 1]: f"override '{text}'" for i in range(len(keys))})
     for key in reversed(keys):
         leaf = {key: leaf}
@@ -215,28 +236,58 @@ def _read_override(text: str) -> _Tree:
 
 
 def _explain(error: ValidationError, tree: _Tree, model: type[BaseModel], prefix: Keys) -> str:
-    """One line for the first problem of a validation: place, key, what was expected, nearest name."""
-    problem = error.errors(include_url=False)[0]
-    keys = (*prefix, *(key for key in problem["loc"] if not _is_union_tag(key)))
+    """One line for one problem of a validation: place, key, what was expected, nearest name."""
+    problem = _most_telling(error.errors(include_url=False))
+    unknown, loc = problem["type"] == "extra_forbidden", problem["loc"]
+    # an unknown key may look like a union's member, so the last part of its location stays
+    steps = tuple(key for i, key in enumerate(loc) if not _is_union_tag(key) or (unknown and i == len(loc) - 1))
+    keys = (*prefix, *steps)
     dotted = ".".join(str(key) for key in keys)
     place = tree.place(keys)
-    known = _fields_at(model, keys[len(prefix) : -1])
-    if prefix:  # a method's block holds its own options beside the recipe's
-        known = [*known, *MethodBlock.model_fields]
-    if problem["type"] == "extra_forbidden":
+    if unknown:
+        known = _fields_at(model, steps[:-1])
+        if prefix:  # a method's block holds its own options beside the recipe's
+            known = [*known, *MethodBlock.model_fields]
         return f"{place}: unknown key '{dotted}'.{nearest(str(keys[-1]), known)}"
     if problem["type"] == "missing":
+        if isinstance(keys[-1], int):
+            return f"{place}: '{dotted.rpartition('.')[0]}' needs more than {keys[-1]} values"
         return f"{place}: '{dotted}' is missing"
-    shown = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {dotted + ': ' if dotted else ''}{_expected(problem)}"
+
+
+def _most_telling(problems: Sequence[Any]) -> Any:
+    """The problem to speak of: a misspelt key before what is missing for it, else the first.
+
+    Where a value fits no member of a union, the member counts in which validation got furthest.
+    """
+    for problem in problems:
+        if problem["type"] == "extra_forbidden":
+            return problem
+    first = problems[0]
+    if not (first["loc"] and _is_union_tag(first["loc"][-1])):
+        return first
+    stem = first["loc"][:-1]
+    return max((p for p in problems if p["loc"][: len(stem)] == stem), key=lambda p: len(p["loc"]))
+
+
+def _expected(problem: Any) -> str:
+    """What was expected and what was given instead."""
+    given = repr(problem["input"])
+    given = given if len(given) <= _LONGEST_VALUE else given[:_LONGEST_VALUE] + "…"
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "dict_type"):
+        return f"expected a block of `key: value` pairs (got {given})"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
     if problem["type"] == "literal_error":
         message += "." + nearest(str(problem["input"]), re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
-    return f"{place}: {dotted + ': ' if dotted else ''}{message[0].lower()}{message[1:]}{shown}"
+    return f"{message} (got {given})"
 
 
 def _is_union_tag(key: Any) -> bool:
     """pydantic puts the tried member of a union into the location (`float`, `Ramp`); recipes have no such key."""
-    return isinstance(key, str) and (key in ("float", "int", "bool", "str", "Ramp") or "[" in key)
+    return isinstance(key, str) and (key in _UNION_TAGS or "[" in key)
 
 
 def _fields_at(model: type[BaseModel], keys: Sequence[Any]) -> list[str]:
@@ -261,7 +312,7 @@ def _flatten(annotation: Any) -> list[Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, with its hash in the first line; loading it gives the same recipe."""
-    values = recipe.model_dump(mode="json", exclude_defaults=False, exclude_none=True)
+    values = recipe.model_dump(mode="json")
     return f"{_HASH_LINE}{recipe_hash(recipe)}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -274,7 +325,7 @@ def trained_hash(artefact: Path) -> str | None:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Twelve hex digits over everything that decides the result (not output folder, workers, logging)."""
-    values = recipe.model_dump(mode="json", exclude_none=True, exclude={"train": set(_NOT_HASHED), "baseline": True})
+    values = recipe.model_dump(mode="json", exclude={"train": set(_NOT_HASHED), "baseline": True})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -305,3 +356,15 @@ def recipe_schema() -> dict[str, Any]:
                                     "description": "Fragments that this recipe is laid over."}  # fmt: skip
     schema["title"] = "kd_hf recipe"
     return schema
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:
+    """Nested recipe values under dotted names; trackers take scalars only."""
+    result: dict[str, str | float | int | bool] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{name}.")
+        elif value is not None:
+            result[name] = value if isinstance(value, (str, float, int, bool)) else str(value)
+    return result

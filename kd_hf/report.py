@@ -56,13 +56,16 @@ def finish_report(recipe: Recipe) -> str:
     student = folder / "student"
     lines = ["", *table([HEAD, *(row.cells() for row in rows)]), ""]
     if recipe.data.num_labels:
-        lines += [
-            f"The students had the labels of {recipe.data.num_labels} training images; the distilled one also had the "
-            "teacher's outputs on the others.",
-            "",
-        ]
+        lines += [_about_labels(recipe), ""]
     lines += [f"curve     {picture}", f"student   {student}", "load it with", f"  {load_line(student)}"]
     return "\n".join(lines)
+
+
+def _about_labels(recipe: Recipe) -> str:
+    text = f"Labels of {recipe.data.num_labels} training images were used"
+    if recipe.all_teachers() and recipe.data.unlabelled == "keep":
+        return f"{text}; the distilled student also had the teacher's outputs on the others."
+    return f"{text}."
 
 
 def load_line(student: Path) -> str:
@@ -120,17 +123,15 @@ def draw_curve(
         if row.top1 is not None:
             left.axhline(row.top1, color="0.4", linestyle=":", label=f"{row.name} ({row.model})")
     left.set(xlabel="step", ylabel="top-1 %", title="held-out accuracy")
-    left.legend(frameon=False)
-    parts = sorted({key for line in log for key in line if key.startswith("loss") or "/" in key})
-    for key in parts:
-        points = [
-            (line["step"], line[key]) for line in log if line.get(key) is not None and not key.startswith("weight/")
-        ]
+    parts = {key for line in log for key in line if key == "loss" or ("/" in key and not key.startswith("weight/"))}
+    for key in sorted(parts):
+        points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
         if points:
             right.plot(*zip(*points, strict=True), label=key)
     right.set(xlabel="step", ylabel="mean since the last log", title="loss and its unweighted parts")
-    right.legend(frameon=False)
     for axis in (left, right):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     path = folder / "report" / "curve.png"

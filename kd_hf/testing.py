@@ -41,6 +41,7 @@ def tiny_vit(name: str, width: int = 12, depth: int = 4, prefix: Sequence[str] =
         stages=(Stage("norm", width, "NLC"),),
         blocks=tuple(f"blocks.{i}" for i in range(depth)),
         prefix=tuple(prefix),
+        block_prefix=tuple(prefix),
         norm="norm",
         head="head",
         dist_head="head_dist" if "dist" in prefix else None,

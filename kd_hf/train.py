@@ -22,7 +22,8 @@ def train_recipe(recipe: Recipe) -> TrainOutput:
     """
     from kd_hf.assemble import plain_twin, teacher_recipes, with_trained_teachers
     from kd_hf.recipe import recipe_hash, trained_hash
-    from kd_hf.trainer import STUDENT, DistillTrainer
+    from kd_hf.run import STUDENT
+    from kd_hf.trainer import DistillTrainer
 
     needed = teacher_recipes(recipe)
     if recipe.baseline == "train":

@@ -27,12 +27,12 @@ from kd_hf.errors import UserError
 from kd_hf.evaluation import Evaluator, measure_teachers
 from kd_hf.hub import save_student
 from kd_hf.optim import LrSchedule, build_optimizer
-from kd_hf.recipe import RESOLVED, dump_recipe, recipe_hash, trained_hash
+from kd_hf.plan import announce
+from kd_hf.recipe import RESOLVED, dump_recipe, flat
+from kd_hf.run import RunFolder
 from kd_hf.runtime import StopSignal, build_accelerator, seed_networks, set_cpu_threads
 from kd_hf.teacher import Teacher, check_label_order
 from kd_hf.window import LossWindow
-
-STUDENT = "student"
 
 
 @dataclass
@@ -68,7 +68,6 @@ class DistillTrainer:
     ) -> None:
         self.recipe = recipe
         self.args = recipe.train
-        self.folder = Path(self.args.output_dir)
         self.train_source = train_source or open_source(recipe.data, "train", self.args.seed)
         self.eval_source = eval_source or open_source(recipe.data, "eval", self.args.seed)
         self.parts: Assembly = assemble(recipe, self.train_source.num_classes)
@@ -77,6 +76,7 @@ class DistillTrainer:
         self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=pauses)
         self.device = self.accelerator.device
         self._plan_length()
+        self.run = RunFolder(recipe, self.global_batch)
         self._build()
         self.state = TrainerState(
             max_steps=self.total_steps,
@@ -90,6 +90,7 @@ class DistillTrainer:
         self.progress: Progress | None = None
         self.log_file: JsonLines | None = None
         self._seconds_before, self._clock = 0.0, time.perf_counter()
+        self._evaluated_at = -1
 
     # ------------------------------------------------------------------------------------------ building
 
@@ -120,7 +121,7 @@ class DistillTrainer:
             for teacher in self.teachers.values():
                 teacher.model.to(memory_format=torch.channels_last)
         if args.sync_batchnorm and self.accelerator.num_processes > 1:
-            module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[assignment]
+            module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
         module.to(self.device)
         self.ema = _build_ema(args.ema, module) if args.ema else None
         self.plain_module = module
@@ -139,9 +140,9 @@ class DistillTrainer:
             resume_from_checkpoint: as the recipe's field of that name, which it overrides.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        if wanted is None and trained_hash(self.folder / STUDENT) == recipe_hash(self.recipe):
-            self.state.log_history = read_log(self.folder)
-            self.say(f"{self.folder} holds the finished run of this recipe; nothing to train")
+        if wanted is None and self.run.is_finished:
+            self.state.log_history = read_log(self.run.path)
+            self.say(f"{self.run.path} holds the finished run of this recipe; nothing to train")
             return self._output()
         self._resume(wanted)
         with StopSignal() as stop:
@@ -181,7 +182,8 @@ class DistillTrainer:
                 return
         if self.state.global_step < self.total_steps:  # a callback ended the run: it closes as at its last step
             self._log_losses(False)
-            self.evaluate()
+            if self._evaluated_at != self.state.global_step:
+                self.evaluate()
             if self.args.save_strategy != "no":
                 self.save_checkpoint()
 
@@ -193,12 +195,10 @@ class DistillTrainer:
         if step % args.logging_steps == 0 or last or stopping or control.should_log:
             # ranks agree on stopping where they meet anyway, so a signal needs no communication of its own
             stopping = self._log_losses(stop.requested)
-        epoch_end = step % self.steps_per_epoch == 0
+        epoch_end, closing = step % self.steps_per_epoch == 0, last and args.save_strategy != "no"
         if _is_due(args.eval_strategy, args.eval_steps, step, epoch_end) or control.should_evaluate or last:
             self.evaluate()
-        if _is_due(args.save_strategy, args.save_steps, step, epoch_end) or control.should_save or stopping:
-            self.save_checkpoint()
-        elif last and args.save_strategy != "no":
+        if _is_due(args.save_strategy, args.save_steps, step, epoch_end) or control.should_save or stopping or closing:
             self.save_checkpoint()
         control.should_log = control.should_evaluate = control.should_save = False
         if epoch_end:
@@ -237,7 +237,7 @@ class DistillTrainer:
             self._note_corrupt(batch)
             with self.accelerator.accumulate(self.module):
                 losses = self._losses(batch, weights)
-                total = sum(weights[name.partition("/")[0]] * value for name, value in losses.items())
+                total = torch.stack([weights[name.partition("/")[0]] * value for name, value in losses.items()]).sum()
                 self.window.add({"loss": total, **losses}, step + 1)
                 self.accelerator.backward(total)
                 if self.args.max_grad_norm is not None and self.accelerator.sync_gradients:
@@ -292,11 +292,12 @@ class DistillTrainer:
             ``eval_top1``, ``eval_top5``, ``eval_agreement`` … in percent, of the weights that will be exported.
         """
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator().items()}
-        self._note_best(metrics)
+        self._evaluated_at = self.state.global_step
         self.log({**metrics, "train_seconds": round(self._seconds(), 2)})
         shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items() if not key.endswith("samples"))
         self.say(f"step {self.state.global_step}: {shown}")
         self.callbacks.call("on_evaluate", self.state, self.control, metrics=metrics)
+        self._note_best(metrics)  # after the callbacks, which compare with the best so far
         return metrics
 
     def _seconds(self) -> float:
@@ -335,7 +336,7 @@ class DistillTrainer:
         return stopping
 
     def _stop_on_non_finite(self, part: str, step: int) -> None:
-        kept = ckpt.list_checkpoints(self.folder / "checkpoints")
+        kept = ckpt.list_checkpoints(self.run.checkpoints)
         self._write({"step": step, "error": f"{part} is not finite"})
         raise UserError(
             f"the loss part '{part}' became NaN or infinite at step {step}; "
@@ -368,35 +369,14 @@ class DistillTrainer:
     # --------------------------------------------------------------------------------- run folder, resume
 
     def _resume(self, wanted: str | bool | None) -> None:
-        """Continue what the run folder holds, unless told otherwise; refuse a folder of another recipe."""
-        root = self.folder / "checkpoints"
+        """Continue what the run folder holds, unless told otherwise."""
         if wanted is False and self.accelerator.is_main_process:
-            ckpt.clear_run(self.folder)
+            self.run.clear()
         self.accelerator.wait_for_everyone()
-        found = ckpt.list_checkpoints(root)
-        if isinstance(wanted, str):
-            found = [Path(wanted)]
-        elif wanted is True and not found:
-            raise UserError(f"train.resume_from_checkpoint: there is no checkpoint in {root}")
-        if not found:
-            return
-        state = ckpt.read_state(found[-1])
-        self._check_same_run(state, found[-1])
-        self._load_checkpoint(found[-1], state)
-        self.say(f"continuing from {found[-1]}")
-
-    def _check_same_run(self, state: Mapping[str, Any], folder: Path) -> None:
-        if state["recipe_hash"] != recipe_hash(self.recipe):
-            raise UserError(
-                f"{folder} belongs to another recipe (hash {state['recipe_hash']}, this one "
-                f"{recipe_hash(self.recipe)}); choose another train.output_dir, or start over with "
-                "train.resume_from_checkpoint=false"
-            )
-        if state["global_batch"] != self.global_batch:
-            raise UserError(
-                f"{folder} was trained with {state['global_batch']} images per step, this run has {self.global_batch}: "
-                "keep processes × per_device_train_batch_size × gradient_accumulation_steps the same"
-            )
+        found = self.run.find_checkpoint(wanted)
+        if found is not None:
+            self._load_checkpoint(*found)
+            self.say(f"continuing from {found[0]}")
 
     def _load_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
         self.plain_module.load_state_dict(ckpt.load_tensors(folder, "module"))
@@ -418,8 +398,6 @@ class DistillTrainer:
         first_bad = self.window.first_bad(self.accelerator)
         if first_bad is not None:
             self._stop_on_non_finite(*first_bad)
-        step = self.state.global_step
-        root = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             tensors = {"module": self.plain_module.state_dict()}
             if self.ema is not None:
@@ -427,16 +405,13 @@ class DistillTrainer:
             objects = {"optimizer": self.optimizer.state_dict()}
             if self.accelerator.scaler is not None:
                 objects["scaler"] = self.accelerator.scaler.state_dict()
-            ckpt.save_checkpoint(root / f"{ckpt.PREFIX}{step}", self._checkpoint_state(), tensors, objects)
-            ckpt.prune(root, self.args.save_total_limit, self.state.best_global_step)
+            self.run.save_checkpoint(self._checkpoint_state(), tensors, objects)
         self.accelerator.wait_for_everyone()
         self.callbacks.call("on_save", self.state, self.control)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {
             "step": self.state.global_step,
-            "recipe_hash": recipe_hash(self.recipe),
-            "global_batch": self.global_batch,
             "processes": self.accelerator.num_processes,
             "cpu_threads": self.threads,
             "best_metric": self.state.best_metric,
@@ -449,12 +424,12 @@ class DistillTrainer:
         """Write the resolved recipe, open the log, the trackers and the progress bar; say what will happen."""
         main, start = self.accelerator.is_main_process, self.state.global_step
         if main:
-            ckpt.write_text(self.folder / RESOLVED, dump_recipe(self.recipe))
-            self.log_file = JsonLines(self.folder, keep_until=start)
-            self.state.log_history = read_log(self.folder)
+            self.run.write_recipe()
+            self.log_file = JsonLines(self.run.path, keep_until=start)
+            self.state.log_history = read_log(self.run.path)
         if self.args.report_to:
             self.accelerator.init_trackers("kd_hf", config=flat(self.recipe.model_dump(mode="json")))
-        for line in describe_run(self):
+        for line in announce(self):
             self.say(line)
         models = {"student": self.parts.student, **self.parts.teachers}
         self._write({"step": start, "models": {n: [h.info.name, h.info.parameters] for n, h in models.items()}})
@@ -475,7 +450,7 @@ class DistillTrainer:
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the student as a model that timm and transformers load (``student/`` of the run folder)."""
-        folder = Path(output_dir) if output_dir else self.folder / STUDENT
+        folder = Path(output_dir) if output_dir else self.run.student
         handle = self.parts.student
         names = tuple(self.train_source.class_names)
         if names and len(names) == handle.info.num_classes:
@@ -488,7 +463,7 @@ class DistillTrainer:
         """The bare network's state dict: of the best evaluation or the last step, averaged or raw."""
         averaged = self.ema is not None and self.args.ema is not None and self.args.ema.export
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            best = self.folder / "checkpoints" / f"{ckpt.PREFIX}{self.state.best_global_step}"
+            best = self.run.checkpoint_of(self.state.best_global_step)
             tensors = ckpt.load_tensors(best, "ema" if averaged else "module")
         elif averaged:
             tensors = self.ema.module.state_dict()  # type: ignore[union-attr]
@@ -520,30 +495,3 @@ def _build_ema(cfg: EmaConfig, module: DistillModule) -> ModelEmaV3:
 
 def _is_due(strategy: str, every: int | None, step: int, epoch_end: bool) -> bool:
     return {"no": False, "epoch": epoch_end, "steps": bool(every) and step % every == 0}[strategy]  # type: ignore[operator]
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:
-    """Nested recipe values under dotted names; trackers take scalars only."""
-    result: dict[str, str | float | int | bool] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{name}.")
-        elif value is not None:
-            result[name] = value if isinstance(value, (str, float, int, bool)) else str(value)
-    return result
-
-
-def describe_run(trainer: DistillTrainer) -> list[str]:
-    """The first lines of a run: what will be trained, on what, for how long."""
-    parts, args = trainer.parts, trainer.args
-    methods = ", ".join(choice.name for choice in parts.choices)
-    lines = [f"student {parts.student.info.name} ({parts.student.info.parameters / 1e6:.2f} M parameters)"]
-    lines += [f"{name} {h.info.name} ({h.info.parameters / 1e6:.2f} M)" for name, h in parts.teachers.items()]
-    lines.append(f"losses {methods}; data {trainer.train_source.describe()}")
-    lines.append(
-        f"{trainer.total_steps} steps of {trainer.global_batch} images ({trainer.steps_per_epoch} steps an epoch), "
-        f"{args.optim} at {args.learning_rate:g}, {trainer.accelerator.num_processes} process(es) on {trainer.device}, "
-        f"run folder {trainer.folder}"
-    )
-    return lines

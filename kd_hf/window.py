@@ -18,6 +18,9 @@ class LossWindow:
     """
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._bad: dict[tuple[str, ...], Tensor] = {}
         self._counts: dict[tuple[str, ...], int] = {}
@@ -56,5 +59,5 @@ class LossWindow:
                 counts[name] = counts.get(name, 0) + self._counts[names]
         wants = torch.tensor([float(stop_requested)], device=accelerator.device)
         stopping = bool(accelerator.reduce(wants, "sum").item() > 0)
-        self.__init__()  # type: ignore[misc]
+        self._clear()
         return {name: sums[name] / counts[name] for name in sums}, first_bad, stopping

@@ -196,27 +196,38 @@ class BatchLoader:
     def __init__(
         self, batches: Dataset[Batch], indices: Sequence[int], workers: int, prefetch_factor: int, pin_memory: bool
     ) -> None:
-        self.batches = batches
-        self.dataloader = DataLoader(
-            _Guarded(batches),
+        self.batches, self.indices = batches, indices
+        self.workers, self.prefetch_factor, self.pin_memory = workers, prefetch_factor, pin_memory
+        self._dataloader: DataLoader[Batch | UserError] | None = None
+
+    def _build(self) -> DataLoader[Batch | UserError]:
+        return DataLoader(
+            _Guarded(self.batches),
             batch_size=None,
-            sampler=indices,
-            num_workers=workers,
-            pin_memory=pin_memory,
+            sampler=self.indices,
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else it draws a number from the global one
-            persistent_workers=workers > 0,
-            prefetch_factor=prefetch_factor if workers else None,
+            persistent_workers=self.workers > 0,
+            prefetch_factor=self.prefetch_factor if self.workers else None,
         )
 
     def __len__(self) -> int:
-        return len(self.dataloader)
+        return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self.dataloader:
+        if self._dataloader is None:
+            self._dataloader = self._build()
+        for item in self._dataloader:
             if isinstance(item, UserError):
-                raise item
+                break
             yield item
+        else:
+            return
+        # end the workers now: as part of the cycle exception – traceback – frame they would take 10 s to
+        self._dataloader = None
+        raise item
 
 
 def _as_it_is(item: Any) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -62,3 +65,47 @@ def batch_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
     if counted is not None:
         values = values.masked_fill(~counted, 0.0)
     return values.sum() / len(values)
+
+
+def exact(tensor: Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device, for sums and products that bfloat16 would spoil."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """Vectors along the last axis in full precision and of length 1 (0 where shorter than 1e-12)."""
+    return F.normalize(full_precision(tensor), dim=-1)
+
+
+class _GramDifference(torch.autograd.Function):
+    """Mean of Δ² with Δ = TTᵀ - SSᵀ and its gradient -4 ΔS / count, so that no Gram matrix outlives the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        delta = torch.bmm(teacher, teacher.transpose(1, 2))  # [G, R, R]
+        delta.baddbmm_(student, student.transpose(1, 2), alpha=-1)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.bmm(delta, student).mul_(-4 / delta.numel()))
+        return delta.square_().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None
+
+
+def gram_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of Gram matrices, ``mean (T Tᵀ - S Sᵀ)²``, over groups and pairs of rows.
+
+    With unit rows the entries are cosines, so the widths need not agree.
+
+    Args:
+        student: ``[G, R, D_s]``, in full precision.
+        teacher: ``[G, R, D_t]``, of the same type; no gradient reaches it.
+
+    Returns:
+        A scalar that can be differentiated once.
+    """
+    with exact(student):
+        return _GramDifference.apply(student, teacher.detach())

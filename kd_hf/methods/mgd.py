@@ -11,6 +11,7 @@ from kd_hf.data.draws import Draws
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
 from kd_hf.methods.losses import batch_mean, frozen, full_precision
+from kd_hf.methods.projectors import Generator, kernel_macs
 from kd_hf.models.info import ModelInfo, Shapes
 
 
@@ -64,11 +65,7 @@ class MGD(Method):
         self.shape = theirs
         width, channels = ours[0], theirs[0]
         self.align = nn.Conv2d(width, channels, 1) if width != channels else nn.Identity()
-        self.generation = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
+        self.generation = Generator(channels)
 
     def draw(self, draws: Draws) -> Mapping[str, Tensor]:
         """``mask``: a uniform number for each sample and channel, ``[B, C_t, 1, 1]``; kept where ``>= mask_ratio``."""
@@ -87,5 +84,5 @@ class MGD(Method):
 
     def cost(self) -> Cost:
         """Own parameters, and the multiply–accumulates of the convolutions at the teacher's resolution."""
-        kernels = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Conv2d))
-        return Cost(parameters=super().cost().parameters, macs=kernels * self.shape[1] * self.shape[2])
+        positions = self.shape[1] * self.shape[2]
+        return Cost(parameters=super().cost().parameters, macs=kernel_macs(self.modules()) * positions)

@@ -218,13 +218,15 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
         errors.RevisionNotFoundError: f"has no revision '{revision}'",
         errors.LocalEntryNotFoundError: "is not in the cache and the Hub cannot be reached (HF_HUB_OFFLINE?); "
         f"download it where there is a network (`hf download {repository}`) or give a folder",
-        errors.HfHubHTTPError: "could not be downloaded",
+        errors.HfHubHTTPError: "could not be downloaded: the Hub answered with an error",
         ConnectionError: "could not be downloaded: no connection to the Hub",
     }
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except tuple(explanations) as error:
-        text = next(text for kind, text in explanations.items() if isinstance(error, kind))
+        # "not in the cache" is also how the client ends when the Hub answered, but with an error
+        cause = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
+        text = next(text for kind, text in explanations.items() if isinstance(cause, kind))
         raise UserError(f"model '{repository}' {text}") from error
 
 
@@ -239,13 +241,16 @@ def _building(request: _Request) -> Iterator[None]:
     try:
         yield
     except (*_BUILD_ERRORS, StrictDataclassError) as error:
-        lines = " ".join(str(error).split())
-        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", lines)
-        raise UserError(
-            _unknown_argument(request, *unknown.groups())
-            if unknown
-            else f"model '{request.model}' cannot be built: {type(error).__name__}: {lines[:300]}"
-        ) from error
+        raise UserError(_explain(request, " ".join(str(error).split()), type(error).__name__)) from error
+
+
+def _explain(request: _Request, text: str, kind: str) -> str:
+    """One line for what a constructor objected to, naming the recipe's key where it can be told."""
+    if unknown := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text):
+        return _unknown_argument(request, unknown[1], unknown[2])
+    if fixed := re.search(r"got multiple values for keyword argument '(\w+)'", text):
+        return f"kwargs.{fixed[1]}: the architecture '{request.model}' fixes this argument; it cannot be given"
+    return f"model '{request.model}' cannot be built: {kind}: {text[:300]}"
 
 
 def _unknown_argument(request: _Request, class_name: str, argument: str) -> str:

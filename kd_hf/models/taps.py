@@ -220,12 +220,12 @@ class TappedModel(nn.Module):
         if callable(switch):
             switch(dist_head)
         for point in {point.key: point for point in self.points.values()}.values():
-            module = self.network.get_submodule(point.path)
             hook = _Hook(self._recorder, point)
+            module = self.network.get_submodule(point.path)
             if point.side == "input":
                 module.register_forward_pre_hook(hook)
             else:
-                module.register_forward_hook(hook)
+                _last_step(module).register_forward_hook(hook)
 
     def forward(self, pixels: Tensor) -> Outputs:
         """Run the network once on ``[B, 3, H, W]``; `taps` of the result are keyed by tap name."""
@@ -256,6 +256,13 @@ class TappedModel(nn.Module):
                 f"tap '{tap}': module '{point.path}' of {self.name} gives {type(value).__name__}, no tensor"
             )
         return _FORMS[point.form](value, point, size)
+
+
+def _last_step(module: nn.Module) -> nn.Module:
+    """The module whose output is a Sequential's output: gradient checkpointing runs its children without it."""
+    while type(module) is nn.Sequential and len(module):
+        module = module[-1]
+    return module
 
 
 def _logits(output: Any) -> Tensor:

@@ -1,3 +1,4 @@
+import multiprocessing
 import random
 from dataclasses import replace
 
@@ -209,6 +210,16 @@ def test_a_user_error_arrives_as_it_was(workers):
     with pytest.raises(UserError) as caught:
         batches(Pictures(fatal=(17,)), workers=workers)
     assert str(caught.value) == "data.path: row 17 is gone"
+
+
+def test_workers_end_before_the_error_is_raised():
+    before = set(multiprocessing.active_children())
+    loader = iter(train_loader(Pictures(fatal=(17,)), CFG, VIEWS, per_device=8, total_steps=70, workers=2))
+    next(loader)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    with pytest.raises(UserError):
+        list(loader)
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_user_errors_of_the_recipe():

@@ -1,0 +1,87 @@
+"""Writing files and folders so that they are never half there, and what a user is told when that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kd_hf.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what the system says against writing `target` (full disk, no permission) into one line for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        # safetensors and torch wrap the system's error, so its words are looked for too
+        if number in _FULL or "No space left on device" in str(error):
+            raise UserError(f"no space left on the disk while writing {target}; nothing there was changed") from None
+        if number in _FORBIDDEN:
+            raise UserError(f"cannot write {target}: {os.strerror(number)}") from None
+        raise
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Write a folder so that `target` is never half there: yields a temporary sibling, renamed at the end.
+
+    An existing `target` stays until the new one is complete. A full disk or a missing permission becomes a
+    :class:`UserError` and leaves nothing behind.
+    """
+    temporary = target.parent / f".tmp-{target.name}"
+    try:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+            _swap_in(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _swap_in(temporary: Path, target: Path) -> None:
+    aside = target.parent / f".old-{target.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    temporary.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    sync(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            temporary.replace(path)
+    except UserError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

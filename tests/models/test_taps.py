@@ -1,0 +1,388 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from kd_hf.errors import UserError
+from kd_hf.models.handle import describe_torch
+from kd_hf.models.info import Preprocessing
+from kd_hf.models.taps import TappedModel, available_taps, check_tap, tap_shapes
+from tests.models.families import (
+    TIMM_PLAIN,
+    TIMM_PYRAMID,
+    TRANSFORMERS_PLAIN,
+    TRANSFORMERS_PYRAMID,
+    tiny_timm,
+    tiny_transformers,
+)
+
+
+def images(size, batch=2):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(size))
+
+
+def tapped(handle, taps=None, **options):
+    return TappedModel(handle, handle.info, available_taps(handle.info) if taps is None else taps, **options)
+
+
+def same(left, right):
+    return left.shape == right.shape and torch.equal(left, right)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TIMM_PLAIN)
+def test_plain_timm_networks_agree_with_timm_itself(name):
+    handle, size = tiny_timm(name)
+    network, info, x = handle.network, handle.info, images(size)
+    model = tapped(handle)
+    outputs = model(x)
+    features, maps = network.forward_intermediates(x)
+    assert same(outputs.logits, network(x)) and outputs.dist_logits is None
+    assert info.depth == len(maps) and len(info.prefix) == (getattr(network, "num_prefix_tokens", 0) or 0)
+    for index, expected in enumerate(maps):
+        block = outputs.taps[f"block:{index}"][:, len(info.block_prefix) :]
+        assert same(block, expected.flatten(2).transpose(1, 2))
+    tokens = outputs.taps["tokens"]
+    assert same(tokens, features)
+    assert same(outputs.taps["tokens:patch"], features[:, len(info.prefix) :])
+    assert same(outputs.taps["stage:1"].flatten(2).transpose(1, 2), features[:, len(info.prefix) :])
+    assert outputs.taps["stage:1"].shape[1:] == (info.stages[0].channels, *maps[-1].shape[2:])
+    for index, token in enumerate(info.prefix):
+        assert same(outputs.taps[f"tokens:{token}"], features[:, index])
+    logits = network.get_submodule(info.head)(outputs.taps["pre_logits"])
+    if info.dist_head:
+        logits = (logits + network.get_submodule(info.dist_head)(outputs.taps["tokens:dist"])) / 2
+    assert same(logits, outputs.logits)
+    shapes = tap_shapes(model, size)
+    assert shapes == {tap: tuple(value.shape[1:]) for tap, value in outputs.taps.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TIMM_PYRAMID)
+def test_timm_pyramids_agree_with_timm_itself(name):
+    handle, size = tiny_timm(name)
+    network, info, x = handle.network, handle.info, images(size)
+    outputs = tapped(handle)(x)
+    features, maps = network.forward_intermediates(x)
+    assert same(outputs.logits, network(x))
+    stages = [outputs.taps[f"stage:{index + 1}"] for index in range(len(info.stages))]
+    assert len(stages) >= 4 and info.depth == 0
+    for stage, facts, expected in zip(stages, info.stages, maps[-len(stages) :], strict=True):
+        assert same(stage, expected) and stage.shape[1] == facts.channels
+    assert same(outputs.taps["pre_logits"], network.forward_head(features, pre_logits=True))
+    if info.norm:
+        assert same(outputs.taps["tokens"], features.flatten(1, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*TIMM_PYRAMID, *TRANSFORMERS_PYRAMID])
+def test_no_later_layer_overwrites_a_stage(name):
+    handle = tiny_transformers(name) if name in TRANSFORMERS_PYRAMID else tiny_timm(name)[0]
+    copies = {}
+    for stage in handle.info.stages:
+
+        def keep(module, args, output, path=stage.path):
+            copies[path] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        handle.network.get_submodule(stage.path).register_forward_hook(keep)
+    outputs = tapped(handle).train()(images(handle.info.preprocessing.image_size))
+    for index, stage in enumerate(handle.info.stages):
+        value = outputs.taps[f"stage:{index + 1}"]
+        flat = {"NCHW": lambda x: x, "NHWC": lambda x: x.permute(0, 2, 3, 1), "NLC": lambda x: x.flatten(2).mT}
+        assert same(flat[stage.layout](value), copies[stage.path])
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("resnet18", [64, 128, 256, 512]),
+        ("mobilenetv1_100", [64, 128, 256, 512, 1024]),
+        ("mobilenetv3_small_050", [8, 16, 24, 288]),
+        ("efficientnet_b0", [16, 24, 40, 112, 320]),
+        ("convnext_atto", [40, 80, 160, 320]),
+    ],
+)
+def test_stages_start_after_the_stem(name, channels):
+    handle, _ = tiny_timm(name)
+    assert [stage.channels for stage in handle.info.stages] == channels
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", TRANSFORMERS_PLAIN)
+def test_plain_transformers_networks_agree_with_their_hidden_states(key):
+    handle = tiny_transformers(key)
+    network, info, x = handle.network, handle.info, images(32)
+    outputs = tapped(handle)(x)
+    reference = network(x, output_hidden_states=True)
+    assert same(outputs.logits, reference.logits)
+    assert info.depth == 3
+    for index in range(3):
+        assert same(outputs.taps[f"block:{index}"], reference.hidden_states[index + 1])
+    final = network.base_model(x).last_hidden_state
+    assert same(outputs.taps["tokens"], final)
+    assert same(outputs.taps["stage:1"].flatten(2).transpose(1, 2), final[:, len(info.prefix) :])
+    logits = network.get_submodule(info.head)(outputs.taps["pre_logits"])
+    assert same(logits, reference.cls_logits if info.dist_head else reference.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", TRANSFORMERS_PYRAMID)
+def test_transformers_pyramids_agree_with_their_hidden_states(key):
+    handle = tiny_transformers(key)
+    network, info, x = handle.network, handle.info, images(32)
+    outputs = tapped(handle)(x)
+    assert same(outputs.logits, network(x).logits)
+    if key.startswith("swin"):
+        option = {"output_hidden_states_before_downsampling": True}
+        expected = network.base_model.encoder(*_swin_input(network, x), output_hidden_states=True, **option)
+        expected = expected.reshaped_hidden_states[1:]
+        assert same(outputs.taps["tokens"], network.base_model(x).last_hidden_state)
+    else:
+        expected = network(x, output_hidden_states=True).hidden_states[1:]
+    stages = [outputs.taps[f"stage:{index + 1}"] for index in range(len(info.stages))]
+    assert len(stages) == len(expected)
+    assert all(same(stage, value) for stage, value in zip(stages, expected, strict=True))
+    assert [stage.shape[1] for stage in stages] == [stage.channels for stage in info.stages]
+
+
+def _swin_input(network, x):
+    return network.base_model.embeddings(x)
+
+
+def test_prefix_tokens_have_names():
+    prefixes = {name: tiny_timm(name)[0].info.prefix for name in ("test_vit", "test_vit2", "mixer_s32_224")}
+    assert prefixes == {"test_vit": ("cls",), "test_vit2": ("reg0",), "mixer_s32_224": ()}
+    distilled = tiny_timm("deit_tiny_distilled_patch16_224")[0].info
+    assert (distilled.prefix, distilled.head, distilled.dist_head) == (("cls", "dist"), "head", "head_dist")
+    cait = tiny_timm("cait_xxs24_224")[0].info
+    assert (cait.prefix, cait.block_prefix) == (("cls",), ())
+    registers = tiny_transformers("dinov2-registers").info.prefix
+    assert registers == ("cls", "reg0", "reg1", "reg2", "reg3")
+
+
+def test_negative_indices_count_from_the_end():
+    handle, size = tiny_timm("test_vit")
+    taps = tapped(handle, ["block:-1", "block:5", "stage:-1", "stage:1", "block:-6", "block:0"])(images(size)).taps
+    assert same(taps["block:-1"], taps["block:5"])
+    assert same(taps["stage:-1"], taps["stage:1"])
+    assert same(taps["block:-6"], taps["block:0"])
+    assert not same(taps["block:0"], taps["block:5"])
+
+
+def test_a_module_tap_is_what_the_module_returned_even_if_the_next_works_in_place():
+    handle, size = tiny_timm("resnet18")
+    network, x = handle.network, images(size)
+    value = tapped(handle, ["module:bn1"])(x).taps["module:bn1"]
+    assert same(value, network.bn1(network.conv1(x)))
+    assert value.min() < 0  # the ReLU after it works in place
+
+
+@pytest.mark.parametrize(
+    ("name", "tap", "parts"),
+    [
+        ("resnet18", "stage:5", ["stage:5", "stage:1 … stage:4", "pre_logits"]),
+        ("resnet18", "stage:0", ["stage:1 … stage:4"]),
+        ("resnet18", "block:0", ["block:0", "stage:1"]),
+        ("resnet18", "tokens:cls", ["tokens:cls"]),
+        ("resnet18", "module:layer4.7", ["layer4.7", "Did you mean 'layer4."]),
+        ("test_vit", "block:6", ["block:0 … block:5"]),
+        ("test_vit", "tokens:dist", ["tokens:cls"]),
+        ("test_vit", "tokns:cls", ["Did you mean 'tokens:cls'?"]),
+        ("test_vit", "stage:one", ["stage:1"]),
+        ("test_vit", "pre_logits:x", ["pre_logits"]),
+        ("test_vit", "", ["tokens"]),
+    ],
+)
+def test_a_tap_that_does_not_exist_is_refused_with_those_that_do(name, tap, parts):
+    info = tiny_timm(name)[0].info
+    with pytest.raises(UserError) as caught:
+        check_tap(info, tap)
+    assert all(part in str(caught.value) for part in [*parts, name])
+
+
+def test_every_available_tap_passes_the_check():
+    info = tiny_timm("deit_tiny_distilled_patch16_224")[0].info
+    for tap in [*available_taps(info), "module:blocks.0.attn"]:
+        check_tap(info, tap)
+
+
+def test_a_tap_that_does_not_fire_is_an_error_at_that_step():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(3, 4)
+            self.unused = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.used(x.mean((2, 3)))
+
+    network = Skips()
+    info = describe_torch(network, "skips", 4, Preprocessing())
+    model = TappedModel(network, info, ["module:unused"])
+    with pytest.raises(UserError, match=r"'module:unused' did not fire in the forward pass.*'unused'"):
+        model(images(4))
+
+
+def test_nothing_is_kept_between_calls_and_only_what_was_asked_is_caught():
+    handle, size = tiny_timm("test_vit")
+    model = tapped(handle, ["block:0"])
+    assert list(model(images(size)).taps) == ["block:0"]
+    assert model._recorder.caught == {}
+    handle.network(images(size))
+    assert model._recorder.caught == {}
+    assert tapped(handle, [])(images(size)).taps == {}
+
+
+def test_state_dict_keys_and_parameters_are_the_networks():
+    handle, _ = tiny_timm("test_resnet")
+    model = tapped(handle)
+    assert model.network is handle.network
+    assert list(model.state_dict()) == [f"network.{key}" for key in handle.network.state_dict()]
+
+
+def test_gradients_flow_through_taps():
+    handle, size = tiny_timm("deit_tiny_patch16_224")
+    model = tapped(handle, ["block:1"])
+    model(images(size)).taps["block:1"].square().sum().backward()
+    network = handle.network
+    assert network.blocks[1].mlp.fc2.weight.grad.abs().sum() > 0
+    assert network.blocks[2].mlp.fc2.weight.grad is None and network.head.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_autocast_and_modes(kind):
+    handle, size = tiny_timm("test_resnet")
+    model = tapped(handle).train(kind == "train")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(images(size))
+    assert outputs.logits.dtype == torch.bfloat16 and torch.isfinite(outputs.taps["stage:2"]).all()
+
+
+@pytest.mark.parametrize("source", ["deit_tiny_distilled_patch16_224", "test_resnet", "efficientnet_b0", "vit"])
+def test_gradient_checkpointing_changes_no_value_and_no_gradient(source):
+    handle = tiny_transformers(source) if source == "vit" else tiny_timm(source)[0]
+    size = handle.info.preprocessing.image_size
+    model = tapped(handle).train()
+
+    def step():
+        model.zero_grad()
+        torch.manual_seed(0)
+        outputs = model(images(size))
+        (outputs.logits.sum() + sum(value.square().mean() for value in outputs.taps.values())).backward()
+        return outputs, [parameter.grad for parameter in model.parameters()]
+
+    plain, expected = step()
+    if source == "vit":
+        handle.network.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        handle.network.set_grad_checkpointing(True)
+    recomputed, gradients = step()
+    assert all(same(value, recomputed.taps[tap]) for tap, value in plain.taps.items())
+    assert all(same(left, right) for left, right in zip(expected, gradients, strict=True))
+    assert model._recorder.caught == {}
+
+
+@pytest.mark.parametrize("source", ["deit_tiny_distilled_patch16_224", "test_resnet", "swin", "vit"])
+def test_compile_needs_no_graph_break(source):
+    handle = tiny_transformers(source) if source in TRANSFORMERS_PLAIN | TRANSFORMERS_PYRAMID else tiny_timm(source)[0]
+    model = tapped(handle, dist_head=handle.info.dist_head is not None).eval()
+    x = images(handle.info.preprocessing.image_size)
+    torch._dynamo.reset()
+    outputs, expected = torch.compile(model, backend="eager", fullgraph=True)(x), model(x)
+    assert same(outputs.logits, expected.logits)
+    assert all(same(outputs.taps[tap], value) for tap, value in expected.taps.items())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_hooks_of_its_own(copier):
+    handle, size = tiny_timm("test_vit")
+    model = tapped(handle, ["block:0", "pre_logits"])
+    twin = copier(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(2.0)
+    model._recorder.armed = True
+    outputs = twin(images(size))
+    assert model._recorder.caught == {}
+    features = twin.network.forward_features(images(size))
+    assert same(outputs.taps["pre_logits"], twin.network.forward_head(features, pre_logits=True))
+    assert not same(outputs.taps["block:0"], model(images(size)).taps["block:0"])
+
+
+def test_ddp_gives_the_same_outputs_and_gradients(tmp_path):
+    handle, size = tiny_timm("test_resnet")
+    model = tapped(handle, ["stage:2", "pre_logits"])
+
+    def loss(outputs):
+        return outputs.logits.sum() + outputs.taps["stage:2"].mean()
+
+    loss(model(images(size))).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        outputs = nn.parallel.DistributedDataParallel(model)(images(size))
+        loss(outputs).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(same(parameter.grad, value) for parameter, value in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("source", ["deit_tiny_distilled_patch16_224", "deit-two-heads"])
+def test_two_heads_are_apart_only_when_asked_and_in_train_mode(source):
+    handle = tiny_timm(source)[0] if source in TIMM_PLAIN else tiny_transformers(source)
+    x = images(handle.info.preprocessing.image_size)
+    taps = ["tokens:cls", "tokens:dist"]
+    model = tapped(handle, taps, dist_head=True).train()
+    outputs = model(x)
+    heads = [handle.network.get_submodule(path) for path in (handle.info.head, handle.info.dist_head)]
+    assert same(outputs.logits, heads[0](outputs.taps["tokens:cls"]))
+    assert same(outputs.dist_logits, heads[1](outputs.taps["tokens:dist"]))
+    mean = (outputs.logits + outputs.dist_logits) / 2
+    evaluated = model.eval()(x)
+    assert evaluated.dist_logits is None and same(evaluated.logits, mean)
+    together = tapped(handle, taps).train()(x)
+    assert together.dist_logits is None and same(together.logits, mean)
+
+
+def test_dist_head_needs_one():
+    handle, _ = tiny_timm("test_vit")
+    with pytest.raises(UserError, match="test_vit has no distillation head"):
+        tapped(handle, dist_head=True)
+
+
+@pytest.mark.parametrize("output", [tuple, lambda pair: {"logits": pair[0]}])
+def test_networks_that_return_a_tuple_or_a_mapping(output):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return output((self.fc(x.mean((2, 3))), x))
+
+    network = Wrapped()
+    info = describe_torch(network, "wrapped", 4, Preprocessing())
+    outputs = TappedModel(network, info, ["pre_logits"])(images(8))
+    assert same(outputs.logits, network.fc(outputs.taps["pre_logits"]))
+
+
+def test_tap_shapes_leaves_batchnorm_and_modes_alone():
+    handle, size = tiny_timm("test_resnet")
+    model = tapped(handle).train()
+    model.network.layer1.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    assert tap_shapes(model, size)["stage:1"] == (32, size // 4, size // 4)
+    assert [module.training for module in model.modules()] == modes
+    assert all(same(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_wide_image_gives_a_wide_map():
+    handle, _ = tiny_timm("deit_tiny_patch16_224", dynamic_img_size=True)
+    x = torch.randn(1, 3, 32, 64)
+    taps = tapped(handle, ["stage:1", "tokens:patch"])(x).taps
+    assert taps["stage:1"].shape == (1, 32, 2, 4)
+    assert same(taps["stage:1"].flatten(2).transpose(1, 2), taps["tokens:patch"])
