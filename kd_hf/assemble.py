@@ -95,7 +95,7 @@ def live_part(handle: ModelHandle, part: str) -> nn.Module:
 
 def enable_checkpointing(network: nn.Module) -> None:
     """Recompute activations in the backward pass instead of keeping them."""
-    transformers_way = getattr(network, "gradient_checkpointing_enable", None)
+    transformers_way = getattr(network, "activation_checkpointing_enable", None)
     timm_way = getattr(network, "set_grad_checkpointing", None)
     if callable(transformers_way):
         transformers_way({"use_reentrant": False})

@@ -156,7 +156,7 @@ def measure_teachers(trainer: DistillTrainer, teachers: Mapping[str, Teacher]) -
     for name, teacher in teachers.items():
         if teacher.info.num_classes != trainer.eval_source.num_classes:
             continue  # its classes are not the data's: there is no accuracy to measure
-        own = teacher.info.preprocessing
+        own = teacher.info.native or teacher.info.preprocessing
         predict = teacher_predictor(teacher)
         views = {"own": own, "fed": replace(teacher.info.preprocessing, image_size=fed[name].image_size)}
         same = views["own"] == views["fed"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kd_hf.errors import UserError
 
+_AT_FDCWD = -100  # linux: paths are relative to the working folder
+_RENAME_EXCHANGE = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -54,14 +58,27 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def _swap_in(temporary: Path, target: Path) -> None:
-    aside = target.parent / f".old-{target.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
+def _swap_in(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; where the system can exchange names, `target` exists at every instant."""
+    if not target.exists():
+        new.rename(target)
+    elif _exchange(new, target):
+        shutil.rmtree(new)
+    else:
+        aside = target.parent / f".old-{target.name}"
+        shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
-    temporary.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
+        new.rename(target)
+        shutil.rmtree(aside)
     sync(target.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the C library or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_hf.files import atomic_folder
 from kd_hf.models.handle import ModelHandle
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 _LINE = 64  # bytes: what torch's own allocations are aligned to
 _DTYPES = {
     torch.float64: "F64",
@@ -53,6 +49,7 @@ def save_student(
         extra_files: further text files by their path in the folder (``README.md``, …).
 
     Raises:
+        UserError: the disk is full or may not be written to; what was there before is untouched.
         ValueError: `state_dict` does not have the network's keys.
     """
     weights = handle.network.state_dict() if state_dict is None else dict(state_dict)
@@ -61,53 +58,12 @@ def save_student(
         raise ValueError(f"state_dict does not fit {handle.info.name}: {sorted(different)[:3]} in one of them only")
     # a copy on the CPU: safetensors refuses tensors that share memory
     weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}
-    folder = Path(folder).absolute()
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        {"timm": _write_timm, "transformers": _write_transformers}[handle.info.library](handle, temporary, weights)
+    with atomic_folder(Path(folder).absolute()) as temporary:
+        _WRITERS[handle.info.library](handle, temporary, weights)
         for name, text in (extra_files or {}).items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target` (which may exist), after everything in it is on the disk.
-
-    Where the system can exchange two names (Linux), `target` exists at every instant; elsewhere an old folder is
-    moved aside first. The old content ends up under the name `new`, or is deleted.
-    """
-    for path in [*new.rglob("*"), new]:
-        _sync(path)
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
-        aside = target.parent / f".{target.name}.{os.getpid()}.old"
-        target.rename(aside)
-        new.rename(target)
-        shutil.rmtree(aside)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step; False where the C library or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    if rename is None:
-        return False
-    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
 
 
 def _write_timm(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -207,3 +163,6 @@ def _image_processor(handle: ModelHandle) -> Any:
         image_mean=list(facts.mean),
         image_std=list(facts.std),
     )
+
+
+_WRITERS = {"timm": _write_timm, "transformers": _write_transformers}

@@ -46,12 +46,21 @@ _NOT_HASHED = (
 )
 
 
+_BOOL, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "timestamp"))
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose floats include `1e-4` (YAML 1.1 reads that as a string)."""
+    """YAML as people mean it: `1e-4` is a number, `no` and `2026-01-31` are words (YAML 1.1 differs in all three)."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if tag not in (_BOOL, _TIMESTAMP)]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    _FLOAT, re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
@@ -196,7 +205,7 @@ def _construct(node: yaml.Node, keys: Keys, places: dict[Keys, str], file: str) 
     if not isinstance(node, yaml.MappingNode):
         try:
             return _Loader("").construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError) as error:  # a foreign tag; a date that does not exist
+        except (yaml.YAMLError, ValueError) as error:  # a foreign tag; a value that its tag does not fit
             raise UserError(f"{file}:{node.start_mark.line + 1}: not valid YAML: {_reason(error)}") from None
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
@@ -268,7 +277,8 @@ def _most_telling(problems: Sequence[Any]) -> Any:
     if not (first["loc"] and _is_union_tag(first["loc"][-1])):
         return first
     stem = first["loc"][:-1]
-    return max((p for p in problems if p["loc"][: len(stem)] == stem), key=lambda p: len(p["loc"]))
+    tried = [problem for problem in problems if problem["loc"][: len(stem)] == stem]
+    return max(tried, key=lambda p: (len(p["loc"]), not p["type"].endswith(("_type", "_parsing"))))
 
 
 def _expected(problem: Any) -> str:

@@ -82,9 +82,10 @@ class GateResult:
     def describe(self) -> str:
         """One line for the log."""
         text = f"teacher '{self.teacher}': top-1 {self.own:.1f} on {self.samples} held-out images"
-        if self.fed_size != self.own_size or abs(self.fed - self.own) > 0.05:
-            text += f" at its own {self.own_size} px, {self.fed:.1f} as training feeds it ({self.fed_size} px)"
-        return text
+        if self.fed_size == self.own_size and self.fed == self.own:
+            return text
+        text += f" in its own preprocessing ({self.own_size} px)"
+        return f"{text}, {self.fed:.1f} as training feeds it ({self.fed_size} px)"
 
     def warning(self) -> str | None:
         """What to tell the user when the pipeline costs the teacher accuracy; None when it does not."""

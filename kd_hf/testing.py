@@ -18,6 +18,7 @@ from kd_hf.data.draws import Draws, hash_key
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target
 from kd_hf.models.info import ModelInfo, Preprocessing, Shapes, Stage
+from kd_hf.models.parts import AFTER, HEAD
 
 CLASSES, BATCH, GRID = 11, 6, 4
 
@@ -114,6 +115,15 @@ class _Batch:
         return fresh
 
 
+def _made_up_part(teacher: ModelInfo, name: str) -> nn.Module:
+    """A layer with the shapes of a teacher's part: a classifier, or a convolution from a tap to the final features."""
+    if name == HEAD:
+        return nn.Linear(tap_shape(teacher, "pre_logits")[0], teacher.num_classes)
+    entry = tap_shape(teacher, name.removeprefix(AFTER))
+    stride = entry[1] // GRID if len(entry) == 3 else 1
+    return nn.Conv2d(entry[0] if len(entry) == 3 else entry[1], teacher.stages[-1].channels, stride, stride)
+
+
 def _map_outputs(outputs: Outputs, function: Any) -> Outputs:
     dist = None if outputs.dist_logits is None else function(outputs.dist_logits)
     return Outputs(function(outputs.logits), dist, {role: function(tap) for role, tap in outputs.taps.items()})
@@ -157,8 +167,9 @@ class _Case:
         if name in given:
             part = given[name]
         else:
-            assert name == "head" and teacher is not None, f"give the teacher's part '{name}' in `parts`"
-            part = nn.Linear(tap_shape(teacher, "pre_logits")[0], teacher.num_classes)
+            known = teacher is not None and (name == HEAD or name.startswith(AFTER))
+            assert known and teacher is not None, f"give the teacher's part '{name}' in `parts`"
+            part = _made_up_part(teacher, name)
         return part.requires_grad_(False).eval()
 
     def build(self, dtype: torch.dtype = torch.float64) -> Method:
@@ -231,7 +242,7 @@ def check_method(
             pair must suit.
         teacher: facts of a teacher, for `student`.
         shapes: shapes without the batch of taps that facts do not tell, as ``"student.<role>"``, ``"teacher.<role>"``.
-        parts: live teacher modules by part name; "head" is made up when missing.
+        parts: live teacher modules by part name; "head" and "after:…" are made up when missing.
 
     Raises:
         AssertionError: naming what is violated.

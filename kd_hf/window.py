@@ -41,7 +41,7 @@ class LossWindow:
         """The loss part that was NaN or infinite first on any rank, and its step; None when all were finite."""
         found: list[tuple[float, str]] = []
         for names, bad in self._bad.items():
-            steps = accelerator.gather(bad[None]).amin(0).tolist()  # type: ignore[union-attr]
+            steps = accelerator.gather(bad[None]).amin(0).tolist()
             found += list(zip(steps, names, strict=True))
         step, name = min(found, default=(NEVER, ""), key=lambda pair: (pair[0], pair[1] == "loss"))
         return None if step == NEVER else (name, int(step))

@@ -84,7 +84,9 @@ def one_line(stderr):
 WRITTEN = {
     "invalid YAML": ("{temperature: 4.0}", "{temperature: 4.0", ["recipe.yaml:6: not valid YAML"]),
     "foreign tag": ("4.0", "!!python/name:os.system x", ["recipe.yaml:5: not valid YAML"]),
-    "date that does not exist": ("4.0", "2024-99-99", ["recipe.yaml:5: not valid YAML"]),
+    "tag that does not fit": ("4.0", "!!int four", ["recipe.yaml:5: not valid YAML"]),
+    "key that is no word": ("temperature: 4.0", "[a]: 4.0", ["recipe.yaml:5: a key must be a single word"]),
+    "alias within itself": ("{temperature: 4.0}", "&a {b: *a}", ["recipe.yaml: not valid YAML", "itself"]),
     "not a mapping": (RECIPE, "- a\n- b\n", ["recipe.yaml: a recipe is a mapping of blocks"]),
     "unknown block": ("methods:", "metods:", ["recipe.yaml:4: unknown key 'metods'", "'methods'"]),
     "unknown key": ("image_size", "image_sise", ["recipe.yaml:8: unknown key 'data.image_sise'", "'image_size'"]),
@@ -132,20 +134,22 @@ OVERRIDDEN = {
     "model kwargs": (["student.kwargs={widht: 3}"], ["kwargs.widht", "test_resnet"]),
     "data folder": (["data.path=./photo"], ["data.path", "'./photo'", "Did you mean 'photos'?"]),
     "no class folders": (["data.path=./photos"], ["data.path", "no class folders", "<class>"]),
-    "Parquet columns": (["data.path=./table"], ["data.image_column", "name one of", "picture", "kind"]),
+    "Parquet columns": (
+        ["data.path=./table", "data.streaming=true"],
+        ["data.image_column", "name one of", "picture", "kind"],
+    ),
     "built-in data": (["data.path=builtin:digit"], ["data.path", "Did you mean 'builtin:digits'?"]),
     "optimiser": (["train.optim=adammw"], ["train.optim", "Did you mean 'adamw'?"]),
     "optimiser argument": (["train.optim_args={betaz: [0.9]}"], ["train.optim_args", "betaz"]),
     "optimiser value": (["train.optim_args={betas: [0.9, 2.0]}"], ["train.optim_args", "beta"]),
     "tap": (["methods.mgd.student_tap=stage:9"], ["tap 'stage:9'", "test_resnet", "stage:1"]),
     "teacher's classes": (["teacher.num_classes=7"], ["methods.kd", "7 classes", "10"]),
-    "student's classes": (["student.num_classes=7", "methods=", "teacher="], ["student.num_classes", "7", "10"]),
+    "student's classes": (
+        ["student.num_classes=7", "methods.kd=false", "teacher="],
+        ["student.num_classes", "7", "10"],
+    ),
     "no teacher": (["teacher="], ["methods.kd needs a teacher", "`teacher:`"]),
     "batch too large": (["train.per_device_train_batch_size=5000"], ["batch", "5000", "1078"]),
-    "odd batch": (
-        ["train.per_device_train_batch_size=7", "data.augment.mixup=0.8"],
-        ["train.per_device_train_batch_size", "7 is odd", "mixup"],
-    ),
     "index labels": (["methods.dkd={}", "data.augment.mixup=0.8"], ["methods.dkd", "data.augment", "mixup"]),
     "every weight 0": (["methods.kd.weight=0", "methods.task.weight=0"], ["methods", "every weight is 0"]),
     "too many labels": (["data.num_labels=5000"], ["data.num_labels", "5000", "1078"]),
@@ -156,7 +160,7 @@ OVERRIDDEN = {
 
 
 @pytest.mark.parametrize("case", OVERRIDDEN)
-def test_mistakes_in_overrides(folder, complaint, case):
+def test_mistakes_in_overrides_leave_no_folder(folder, complaint, case):
     (folder / "photos" / "train").mkdir(parents=True)
     (folder / "photos" / "val").mkdir()
     write_table(folder / "table" / "train.parquet")
@@ -164,6 +168,18 @@ def test_mistakes_in_overrides(folder, complaint, case):
     line = complaint(train_command, "recipe.yaml", *overrides)
     assert all(part in line for part in wanted), line
     assert not (folder / "out").exists()
+
+
+def test_odd_batch_with_mixing(folder, complaint):
+    options = ["train.per_device_train_batch_size=7", "data.augment.mixup=0.8"]
+    line = complaint(train_command, "recipe.yaml", *options)
+    assert "train.per_device_train_batch_size: 7 is odd" in line
+    assert "mixup" in line
+    assert nothing_trained(folder / "out")
+
+
+def nothing_trained(folder):
+    return not any((folder / name).exists() for name in ("checkpoints", "student", "report"))
 
 
 def write_table(path):
@@ -179,8 +195,7 @@ def test_teacher_below_its_gate_leaves_nothing_trained(folder, complaint):
     line = complaint(train_command, "recipe.yaml", *gate)
     assert "'teacher'" in line
     assert "gate.min_top1 = 99.5" in line
-    assert not (folder / "out" / "student").exists()
-    assert not (folder / "out" / "checkpoints").exists()
+    assert nothing_trained(folder / "out")
 
 
 def test_file_in_the_way_of_the_run_folder(folder, complaint):
@@ -208,11 +223,11 @@ def write_images(root, classes, broken=0):
 
 def test_more_unreadable_images_than_allowed(folder, complaint):
     write_images(folder / "images", classes=2, broken=6)
-    options = ["teacher=", "methods=", "data.path=./images", "data.max_corrupt=1", "train.save_strategy=no"]
+    options = ["teacher=", "methods.kd=false", "data.path=./images", "data.max_corrupt=1", "train.save_strategy=no"]
     line = complaint(train_command, "recipe.yaml", *options, "train.max_steps=4")
     assert "data.max_corrupt = 1" in line
     assert "images" in line
-    assert not (folder / "out" / "student").exists()
+    assert nothing_trained(folder / "out")
 
 
 @pytest.fixture(scope="module")
@@ -300,15 +315,15 @@ def test_mistakes_of_plan(folder, complaint, argv, wanted):
 @pytest.mark.parametrize(
     ("module", "argv", "wanted"),
     [
-        ("kd_hf.train", ["{recipe}", "train.lerning_rate=1"], "Did you mean 'learning_rate'?"),
-        ("kd_hf.train", ["{recipe}", "train.optim=adammw"], "Did you mean 'adamw'?"),
-        ("kd_hf.train", ["{recipe}x"], "Did you mean 'recipe.yaml'?"),
-        ("kd_hf.plan", ["{recipe}", "methods.kdd={}"], "Did you mean 'kd'?"),
+        ("kd_hf.train", ["RECIPE", "train.lerning_rate=1"], "Did you mean 'learning_rate'?"),
+        ("kd_hf.train", ["RECIPE", "train.optim=adammw"], "Did you mean 'adamw'?"),
+        ("kd_hf.train", ["RECIPEx"], "Did you mean 'recipe.yaml'?"),
+        ("kd_hf.plan", ["RECIPE", "methods.kdd={}"], "Did you mean 'kd'?"),
         ("kd_hf.eval", ["test_resnett", "--data", "builtin:digits", "--use-cpu"], "Did you mean 'test_resnet'?"),
     ],
 )
 def test_as_a_process(folder, module, argv, wanted):
-    done = run(module, *(part.format(recipe=folder / "recipe.yaml") for part in argv))
+    done = run(module, *(part.replace("RECIPE", str(folder / "recipe.yaml")) for part in argv))
     assert done.returncode == 2
     assert wanted in one_line(done.stderr)
     assert not (folder / "out").exists()

@@ -96,7 +96,9 @@ def test_only_plain_values_are_unpickled(tmp_path):
         ckpt.load_objects(path, "optimizer")
 
 
-@pytest.mark.parametrize(("keep", "best", "left"), [(2, None, [4, 5]), (2, 1, [1, 4, 5]), (None, None, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    ("keep", "best", "left"), [(2, None, [4, 5]), (2, 1, [1, 4, 5]), (None, None, [1, 2, 3, 4, 5])]
+)
 def test_prune_keeps_the_newest_and_the_best(tmp_path, keep, best, left):
     for step in range(1, 6):
         write(tmp_path, step)

@@ -52,6 +52,14 @@ def test_equal_to_the_official_code(file):
         ("uskd/e2e_deit_hard", "out/logit_s"),
         ("mgd/align_s12_t20", "grad/param/align.weight"),
         ("deit_soft/numel_token_tau1", "grad/in/student_logits_kd"),
+        ("srrl/cifar_same16_a1_b5", "out/loss_last_sample_wiring"),
+        ("vitkd/official_s12_t20_n16", "grad/in/low_s"),
+        ("vitkd/e2e_deit3_to_deit_hard", "grad/param/loss_vitkd.mask_token"),
+        ("manifold/same_tokens_k_all", "out/loss_mf_rand"),
+        ("manifold/e2e_cait", "grad/param/student/cls_token"),
+        ("cls_kd/projector_manifold", "out/loss_atn"),
+        ("cls_kd/e2e_vit", "grad/param/projector/fc2.bias"),
+        ("cls_kd/e2e_vit", "out/teacher_logits"),
     ],
 )
 def test_a_perturbed_value_fails_and_is_named(tmp_path, name, key):
@@ -69,6 +77,11 @@ def test_a_perturbed_value_fails_and_is_named(tmp_path, name, key):
         ("mgd/same_c16", {"lambda_mgd": 0.9}),
         ("deit_soft/numel_token_tau1", {"reduction": "batchmean"}),
         ("deit_hard/notoken_alpha03", {"smoothing": 0.0}),
+        ("vitkd/same18_n9_l03", {"lambda_vitkd": 0.31}),
+        ("manifold/merge", {"max_patch_num": 1}),
+        ("manifold/extra_token", {"K": 23}),
+        ("cls_kd/relation_manifold", {"last_w": 2.4}),
+        ("cls_kd/projector_no_manifold", {"t_id": [1, 6, 3]}),
     ],
 )
 def test_every_hyper_parameter_counts(tmp_path, name, hparams):

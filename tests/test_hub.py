@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kd_hf.hub import replace_folder, save_student, write_safetensors
+from kd_hf.errors import UserError
+from kd_hf.hub import save_student, write_safetensors
 from kd_hf.models.load import load_model
 from tests.models.families import HF_LEVELS, HF_SWIN, HF_TWO_HEADS, HF_VIT, SWIN, VIT
 
@@ -211,15 +212,7 @@ def test_a_failed_save_leaves_the_old_artefact(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_replacing_a_folder(tmp_path, monkeypatch, exchange):
-    new, target = tmp_path / "new", tmp_path / "target"
-    for folder, text in ((new, "new"), (target, "old")):
-        folder.mkdir()
-        (folder / "file").write_text(text)
-    if not exchange:
-        monkeypatch.setattr("kd_hf.hub._exchange", lambda first, second: False)
-    replace_folder(new, target)
-    assert (target / "file").read_text() == "new"
-    assert not list(tmp_path.glob(".*"))
-    assert not new.exists() or (new / "file").read_text() == "old"
+def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*student: Not a directory"):
+        save_student(build("resnet"), tmp_path / "file" / "student")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kd_hf.methods.base import Method
 
 ENTRY_POINTS = "kd_hf.methods"
-_NOT_METHODS = ("base", "projectors", "losses")
+_NOT_METHODS = ("base", "cross_attention", "features", "losses", "orthogonal", "projectors")
 
 
 @cache

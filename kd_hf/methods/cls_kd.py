@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from kd_hf.data.draws import Draws
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Cost, Method, Needs, Outputs, Reference, Target, require_teacher
 from kd_hf.methods.losses import exact, frozen, full_precision, gram_difference, unit
-from kd_hf.methods.manifold import ManifoldTerms
+from kd_hf.methods.manifold import ManifoldTerms, draw_tokens, paired, paired_taps, relations, weighted
 from kd_hf.methods.projectors import TokenProjector, kernel_macs
 from kd_hf.models.info import ModelInfo, Shapes
 
@@ -38,7 +38,7 @@ class ClsKD(Method):
 
     name = "cls_kd"
     paper = Reference(
-        "[CLS] Token is All You Need for Knowledge Distillation of Vision Transformers",
+        "Adaptive class token knowledge distillation for efficient vision transformer",
         "https://doi.org/10.1016/j.knosys.2024.112531",
         "https://github.com/kmc3661/cls-kd",
     )
@@ -68,7 +68,7 @@ class ClsKD(Method):
         """Factor of that comparison."""
 
         @model_validator(mode="after")
-        def _one_of_two(self) -> Self:
+        def _one_of_two(self) -> ClsKD.Config:
             if self.norm_distill and self.manifold:
                 raise ValueError("norm_distill is an alternative to the manifold terms; set manifold: false with it")
             return self
@@ -79,7 +79,7 @@ class ClsKD(Method):
     def needs(cls, cfg: Config, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
         """Block outputs of two plain transformers with a class token and no other prefix token."""
         teacher = require_teacher(cls.name, teacher, student, same_classes=False)
-        ours, theirs = cfg.taps(cls.name, student, teacher)
+        ours, theirs = paired_taps(cls.name, cfg, student, teacher)
         for side, info in (("student", student), ("teacher", teacher)):
             if info.prefix != ("cls",):
                 raise UserError(
@@ -93,18 +93,7 @@ class ClsKD(Method):
         super().__init__(cfg, student, teacher, parts)
         assert teacher is not None
         (self.tokens, width), (theirs, channels) = (next(iter(s.taps.values())) for s in (student, teacher))
-        for side, count in (("student", self.tokens), ("teacher", theirs)):
-            # one token beside a square grid never makes a square: such a count is the grid alone
-            if math.isqrt(count) ** 2 == count:
-                raise UserError(
-                    f"methods.cls_kd: the {side}'s blocks have {count} tokens, its patches without a class token (as "
-                    "in CaiT); choose a ViT or DeiT, or method manifold"
-                )
-        if self.tokens != theirs:
-            raise UserError(
-                f"methods.cls_kd compares token by token; the student's blocks have {self.tokens} and the teacher's "
-                f"{theirs} (choose image sizes or networks with equal grids)"
-            )
+        _check_counts(self.tokens, theirs)
         projects = (width != channels) if cfg.use_projector is None else cfg.use_projector
         if cfg.dim_match == "projector" and width != channels and not projects:
             raise UserError(
@@ -116,7 +105,7 @@ class ClsKD(Method):
 
     def draw(self, draws: Draws) -> Mapping[str, Tensor]:
         """``perm.<k>`` as in the method `manifold`; nothing without its terms."""
-        return self.cfg.draw(draws, self.tokens) if self.cfg.manifold else {}
+        return draw_tokens(self.cfg, draws, self.tokens) if self.cfg.manifold else {}
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Target, draws: Mapping[str, Tensor]
@@ -124,21 +113,21 @@ class ClsKD(Method):
         """Return ``{"cls": scalar, "atn": scalar}`` and those of the manifold or norm terms, factors included."""
         assert teacher is not None
         cfg = self.cfg
-        classes, similarities, relations, norms = [], [], [], []
-        for k, (ours, theirs) in enumerate(cfg.pairs(student, teacher)):
+        classes, similarities, terms, norms = [], [], [], []
+        for k, (ours, theirs) in enumerate(paired(cfg, student, teacher)):
             s, t = unit(ours), unit(frozen(theirs))  # [B, N, D]
             classes.append(self._class_token(s[:, 0], t[:, 0]))
             similarities.append((_to_class(t) - _to_class(s)).square().mean())
             if cfg.manifold:
-                relations.append(cfg.relations(s, t, draws[f"perm.{k}"]))
+                terms.append(relations(s, t, draws[f"perm.{k}"][: cfg.K]))
             elif cfg.norm_distill:
                 norms.append((_lengths(frozen(theirs)) - _lengths(ours)).square().mean())
-        losses = {"cls": cfg.w_cls * self._adaptive(classes), "atn": cfg.w_atn * self._adaptive(similarities)}
+        losses = {"cls": cfg.w_cls * self._combined(classes), "atn": cfg.w_atn * self._combined(similarities)}
         if cfg.manifold:
-            losses |= {name: cfg.beta * term for name, term in cfg.weighted(relations).items()}
+            losses |= {name: cfg.beta * term for name, term in weighted(cfg, terms).items()}
         elif cfg.norm_distill:
             values = torch.stack(norms)
-            losses["norm"] = cfg.w_norm * (self._last_weighted(values) * values).mean()
+            losses["norm"] = cfg.w_norm * (self._factors(values) * values).mean()
         return losses
 
     def cost(self) -> Cost:
@@ -153,18 +142,43 @@ class ClsKD(Method):
         with exact(student):
             return (teacher - self.projector(student)).square().mean()
 
-    def _last_weighted(self, values: Tensor) -> Tensor:
+    def _factors(self, values: Tensor) -> Tensor:
         """c ``[n]``: 1, and `last_w` for the last pair."""
         factors = torch.ones_like(values)
         factors[-1] = self.cfg.last_w
         return factors
 
-    def _adaptive(self, losses: Sequence[Tensor]) -> Tensor:
-        """``Σ c_i L_i² / Σ L_i``, and 0 where all L are 0."""
+    def _combined(self, losses: Sequence[Tensor]) -> Tensor:
         values = torch.stack(list(losses))
-        weights = values.detach() if self.cfg.detach_weights else values
-        shares = weights / weights.sum().clamp(min=torch.finfo(values.dtype).tiny)
-        return (self._last_weighted(values) * shares * values).sum()
+        return adaptive_mean(values, self._factors(values), self.cfg.detach_weights)
+
+
+def adaptive_mean(losses: Tensor, factors: Tensor, detach: bool = False) -> Tensor:
+    """``1/n Σ c_i w_i L_i`` with ``w_i = n L_i / Σ_j L_j``, and 0 where all losses are 0.
+
+    Args:
+        losses: L ``[n]``, not negative.
+        factors: c ``[n]``.
+        detach: whether w is constant for the gradient.
+    """
+    weights = losses.detach() if detach else losses
+    shares = weights / weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
+    return (factors * shares * losses).sum()
+
+
+def _check_counts(ours: int, theirs: int) -> None:
+    for side, count in (("student", ours), ("teacher", theirs)):
+        # one token beside a square grid never makes a square: such a count is the grid alone
+        if math.isqrt(count) ** 2 == count:
+            raise UserError(
+                f"methods.cls_kd: the {side}'s blocks have {count} tokens, its patches without a class token (as in "
+                "CaiT); choose a ViT or DeiT, or method manifold"
+            )
+    if ours != theirs:
+        raise UserError(
+            f"methods.cls_kd compares token by token; the student's blocks have {ours} and the teacher's {theirs} "
+            "(choose image sizes or networks with equal grids)"
+        )
 
 
 def _to_class(tokens: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class _GramDifference(torch.autograd.Function):
         delta.baddbmm_(student, student.transpose(1, 2), alpha=-1)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.bmm(delta, student).mul_(-4 / delta.numel()))
-        return delta.square_().mean()
+        flat = delta.flatten()
+        return flat.dot(flat) / len(flat)
 
     @staticmethod
     @once_differentiable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -26,25 +25,13 @@ class BlockPairs(MethodConfig):
     """The teacher's block for each of them."""
 
     @model_validator(mode="after")
-    def _one_for_one(self) -> Self:
+    def _one_for_one(self) -> BlockPairs:
         ours, theirs = len(self.student_blocks), len(self.teacher_blocks)
         if ours != theirs:
             raise ValueError(
                 f"student_blocks names {ours} blocks and teacher_blocks {theirs}; they are paired in order"
             )
         return self
-
-    def taps(self, method: str, student: ModelInfo, teacher: ModelInfo) -> tuple[dict[str, str], dict[str, str]]:
-        """Taps of both networks by role. Raises UserError for a network without these blocks."""
-        return (
-            block_taps(f"{method}.student_blocks", "student", self.student_blocks, student),
-            block_taps(f"{method}.teacher_blocks", "teacher", self.teacher_blocks, teacher),
-        )
-
-    def pairs(self, student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
-        """The paired block outputs ``[B, N_s, D_s], [B, N_t, D_t]``, one pair after the other."""
-        for ours, theirs in zip(self.student_blocks, self.teacher_blocks, strict=True):
-            yield student.taps[f"block:{ours}"], teacher.taps[f"block:{theirs}"]
 
 
 class ManifoldTerms(BlockPairs):
@@ -58,32 +45,6 @@ class ManifoldTerms(BlockPairs):
     """Factor of the relations within an image."""
     w_rand: float = Field(0.2, ge=0)
     """Factor of the relations between random tokens of the batch."""
-
-    def draw(self, draws: Draws, tokens: int) -> dict[str, Tensor]:
-        """``perm.<k>``: K distinct indices into the ``B · tokens`` tokens of a batch, for each pair."""
-        return {
-            f"perm.{k}": draws.uniform(f"manifold/perm.{k}", (tokens,)).flatten().argsort(stable=True)[: self.K]
-            for k in range(len(self.student_blocks))
-        }
-
-    def relations(self, student: Tensor, teacher: Tensor, indices: Tensor) -> Tensor:
-        """The three unweighted terms of a pair of unit tokens ``[B, N, D]``: ``[3]``, as sample, patch, rand.
-
-        The first K of `indices` are used.
-        """
-        chosen = indices[: self.K]
-        return torch.stack(
-            [
-                gram_difference(student.transpose(0, 1), teacher.transpose(0, 1)),
-                gram_difference(student, teacher),
-                gram_difference(student.flatten(0, 1)[None, chosen], teacher.flatten(0, 1)[None, chosen]),
-            ]
-        )
-
-    def weighted(self, relations: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The named terms: the mean over pairs of what :meth:`relations` gave, times the factors."""
-        sample, patch, rand = torch.stack(list(relations)).mean(0)
-        return {"sample": self.w_sample * sample, "patch": self.w_patch * patch, "rand": self.w_rand * rand}
 
 
 class Manifold(Method):
@@ -122,35 +83,36 @@ class Manifold(Method):
     def needs(cls, cfg: Config, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
         """Block outputs of two plain transformers."""
         teacher = require_teacher(cls.name, teacher, student, same_classes=False)
-        ours, theirs = cfg.taps(cls.name, student, teacher)
+        ours, theirs = paired_taps(cls.name, cfg, student, teacher)
         return Needs(student=ours, teacher=theirs, batch_coupled=True)
 
     def __init__(self, cfg: Config, student: Shapes, teacher: Shapes | None, parts: Mapping[str, nn.Module]) -> None:
         super().__init__(cfg, student, teacher, parts)
         assert teacher is not None
-        counts = [next(iter(shapes.taps.values()))[0] for shapes in (student, teacher)]
-        if counts[0] < counts[1]:
+        ours, self.tokens = (next(iter(shapes.taps.values()))[0] for shapes in (student, teacher))
+        # the next larger grid of patches has 2 √N + 1 more: such a surplus is no prefix
+        if not 0 <= ours - self.tokens <= 2 * math.isqrt(self.tokens):
             raise UserError(
-                f"methods.manifold: the student's blocks have {counts[0]} tokens and the teacher's {counts[1]}; the "
-                "student needs as many or more (choose a larger image or smaller patches for it)"
+                f"methods.manifold compares token by token; the student's blocks have {ours} and the teacher's "
+                f"{self.tokens}. The student may have more prefix tokens, but the grids of patches must be equal "
+                "(choose image sizes or networks for that)"
             )
-        self.tokens = counts[1]
         self.merged = _merged_side(self.tokens, cfg.max_patch_num)
 
     def draw(self, draws: Draws) -> Mapping[str, Tensor]:
         """``perm.<k>``: K distinct indices into the tokens of the batch for pair k, image by image."""
-        return self.cfg.draw(draws, self.merged**2 if self.merged else self.tokens)
+        return draw_tokens(self.cfg, draws, self.merged**2 if self.merged else self.tokens)
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Target, draws: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return ``{"sample": scalar, "patch": scalar, "rand": scalar}``, factors included."""
         assert teacher is not None
-        relations = [
-            self.cfg.relations(self._rows(ours), self._rows(frozen(theirs)), draws[f"perm.{k}"])
-            for k, (ours, theirs) in enumerate(self.cfg.pairs(student, teacher))
+        terms = [
+            relations(self._rows(ours), self._rows(frozen(theirs)), draws[f"perm.{k}"][: self.cfg.K])
+            for k, (ours, theirs) in enumerate(paired(self.cfg, student, teacher))
         ]
-        return self.cfg.weighted(relations)
+        return weighted(self.cfg, terms)
 
     def _rows(self, feature: Tensor) -> Tensor:
         """A block's output ``[B, N, D]`` as unit tokens, aligned and merged."""
@@ -182,6 +144,56 @@ def block_taps(key: str, side: str, blocks: Sequence[int], info: ModelInfo) -> d
                 f"there is no block {index}"
             )
     return {f"block:{index}": f"block:{index}" for index in blocks}
+
+
+def paired_taps(
+    method: str, cfg: BlockPairs, student: ModelInfo, teacher: ModelInfo
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Taps of the paired blocks of both networks, by role. Raises UserError as :func:`block_taps`."""
+    return (
+        block_taps(f"{method}.student_blocks", "student", cfg.student_blocks, student),
+        block_taps(f"{method}.teacher_blocks", "teacher", cfg.teacher_blocks, teacher),
+    )
+
+
+def paired(cfg: BlockPairs, student: Outputs, teacher: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
+    """The paired block outputs ``[B, N_s, D_s], [B, N_t, D_t]``, one pair after the other."""
+    for ours, theirs in zip(cfg.student_blocks, cfg.teacher_blocks, strict=True):
+        yield student.taps[f"block:{ours}"], teacher.taps[f"block:{theirs}"]
+
+
+def draw_tokens(cfg: ManifoldTerms, draws: Draws, tokens: int) -> dict[str, Tensor]:
+    """``perm.<k>``: for each pair, K distinct indices into the ``B · tokens`` tokens of a batch (all, if fewer)."""
+    return {
+        f"perm.{k}": draws.uniform(f"manifold/perm.{k}", (tokens,)).flatten().argsort(stable=True)[: cfg.K]
+        for k in range(len(cfg.student_blocks))
+    }
+
+
+def relations(student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
+    """The three unweighted terms of a pair, as sample, patch, rand.
+
+    Args:
+        student: unit tokens ``[B, N, D_s]``.
+        teacher: unit tokens ``[B, N, D_t]``.
+        chosen: indices ``[K]`` into the B·N tokens, image by image.
+
+    Returns:
+        ``[3]``.
+    """
+    return torch.stack(
+        [
+            gram_difference(student.transpose(0, 1), teacher.transpose(0, 1)),
+            gram_difference(student, teacher),
+            gram_difference(student.flatten(0, 1)[None, chosen], teacher.flatten(0, 1)[None, chosen]),
+        ]
+    )
+
+
+def weighted(cfg: ManifoldTerms, terms: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The named terms: the mean over pairs of what :func:`relations` gave, times the factors."""
+    sample, patch, rand = torch.stack(list(terms)).mean(0)
+    return {"sample": cfg.w_sample * sample, "patch": cfg.w_patch * patch, "rand": cfg.w_rand * rand}
 
 
 def merge_patches(tokens: Tensor, side: int) -> Tensor:

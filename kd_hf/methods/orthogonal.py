@@ -114,7 +114,8 @@ class OrthogonalProjection(nn.Module):
 
         Fewer than n columns are completed to a basis by reflections.
         """
-        packed, tau = torch.geqrf(base)
+        # a network that is only planned (on the meta device) has shapes and no values
+        packed, tau = (base, base.diagonal()) if base.is_meta else torch.geqrf(base)
         vectors = unit_lower(packed)
         # tau is 0 where nothing is to be reflected; a huge entry of T⁻¹ leaves that column out
         factor = inverse_factor(vectors).triu(1) + torch.diag_embed(tau.reciprocal().nan_to_num(posinf=1e30))

@@ -34,7 +34,7 @@ class ViTKD(Method):
 
     name = "vitkd"
     paper = Reference(
-        "ViTKD: Practical Guidelines for ViT feature knowledge distillation",
+        "ViTKD: Feature-based Knowledge Distillation for Vision Transformers",
         "https://arxiv.org/abs/2209.02432",
         "https://github.com/yzd-v/cls_KD",
     )
@@ -48,7 +48,7 @@ class ViTKD(Method):
         """Factor of the generation of the final tokens."""
         mask_ratio: float = Field(0.5, gt=0, lt=1)
         """λ: the share of tokens that is masked."""
-        low_blocks: tuple[int, ...] = (0, 1)
+        low_blocks: tuple[int, ...] = Field((0, 1), min_length=1)
         """The early blocks that are imitated, the same in both networks, counted from 0."""
 
     cfg: Config

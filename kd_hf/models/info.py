@@ -39,7 +39,8 @@ class ModelInfo:
     name: str
     library: str  # "timm" | "transformers" | "torch"
     num_classes: int
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing  # as the recipe shows it images
+    native: Preprocessing | None = None  # as its own configuration asks for them, before the recipe's changes
     stages: tuple[Stage, ...] = ()
     blocks: tuple[str, ...] = ()  # module paths
     prefix: tuple[str, ...] = ()  # e.g. ("cls",) or ("cls", "dist")

@@ -283,7 +283,8 @@ def _load_timm(request: _Request, source: _Source) -> ModelHandle:
         arguments["img_size"] = request.image_size
     placement: dict[str, Any] = {"device": "meta"} if request.on_meta else {}
     network = timm.create_model(name, pretrained=request.weights, **arguments, **placement)
-    info = describe_timm(network, request.model, _override(_timm_preprocessing(network), request))
+    native = _timm_preprocessing(network)
+    info = replace(describe_timm(network, request.model, _override(native, request)), native=native)
     origin = _origin(request, "timm", source.architecture, arguments)
     return ModelHandle(network, info, origin, _timm_label_names(network, request, source))
 
@@ -332,8 +333,10 @@ def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
     else:
         with torch.device(request.device if request.on_meta and request.device else "cpu"):
             network = AutoModelForImageClassification.from_config(config, **trust)
-    own = _processor_preprocessing(source.folder, config)
-    info = describe_transformers(network, request.model, _override(own, request))
+    native = _processor_preprocessing(source.folder, config)
+    if "image_size" in values:  # built for that size, so it cannot be shown another
+        native = replace(native, image_size=values["image_size"])
+    info = replace(describe_transformers(network, request.model, _override(native, request)), native=native)
     labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
     origin = _origin(request, "transformers", source.architecture, values)

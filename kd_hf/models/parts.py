@@ -15,6 +15,7 @@ its weights, mode, dtype and device are theirs too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ def _between(network: nn.Module, first: str, last: str) -> Iterator[nn.Module]:
 def _merging_steps(network: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
     """One step per stage behind the first of `paths`, which are the last blocks of stages."""
     stages = [network.get_submodule(path.rpartition(".blocks.")[0]) for path in paths]
-    return [_MergeThenStage(before, after) for before, after in zip(stages, stages[1:], strict=False)]
+    return [_MergeThenStage(before, after) for before, after in pairwise(stages)]
 
 
 class Tail(nn.Module):

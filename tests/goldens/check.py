@@ -17,7 +17,7 @@ from kd_hf.errors import UserError
 from kd_hf.methods import get_method, method_names
 from kd_hf.methods.base import Method, MethodConfig, Outputs, Target
 from kd_hf.models.info import Shapes
-from tests.goldens.layouts import IGNORED, LAYOUTS, Layout, Output
+from tests.goldens.layouts import IGNORED, LAYOUTS, Layout, Output, layout_of
 
 LIMIT = 1e-9
 # Values this small are differences of numbers near 1, so their own size says nothing about rounding.
@@ -101,10 +101,18 @@ def make_term(name: str, layout: Layout, hparams: Mapping[str, Any]) -> Term:
     expected = {*layout.options, *([layout.weight] if layout.weight else [])}
     if missing := expected - hparams.keys():
         raise Mismatch(f"hparams lack {', '.join(sorted(missing))}")
-    if unknown := hparams.keys() - expected - layout.ignored - IGNORED:
+    if unknown := hparams.keys() - expected - layout.optional.keys() - layout.ignored - IGNORED:
         raise Mismatch(f"unknown hparams {', '.join(sorted(unknown))}")
-    options = {ours: hparams[official] for official, ours in layout.options.items()}
+    named = {**layout.options, **layout.optional}
+    options = {ours: hparams[official] for official, ours in named.items() if official in hparams}
     return Term(name, {**layout.fixed, **options}, hparams[layout.weight] if layout.weight else 1.0)
+
+
+def make_terms(name: str, layout: Layout, hparams: Mapping[str, Any]) -> list[Term]:
+    """The recorded method and what is recorded in the same loss: `task` first, companions last."""
+    task = [Term("task", layout.task(hparams), layout.task_weight(hparams))] if layout.task else []
+    companions = [Term(other, *recorded) for other, recorded in layout.companions(hparams).items()]
+    return [*task, make_term(name, layout, hparams), *companions]
 
 
 def rename(name: str, prefixes: Mapping[str, str]) -> str:
@@ -128,7 +136,7 @@ class Run:
         """The sum of losses that an output stands for."""
         total = torch.zeros((), dtype=torch.float64)
         for term in self.terms:
-            if output.method in ("", term.name):
+            if term.name.startswith(output.method):
                 chosen = f"{term.name}/{output.part}"
                 parts = [v for k, v in self.losses.items() if k == chosen or (not output.part and k.startswith(chosen))]
                 total = total + (term.weight if output.weighted else 1.0) * torch.stack(parts).sum()
@@ -154,10 +162,7 @@ class TensorCase:
     terms: list[Term] = field(init=False)
 
     def __post_init__(self) -> None:
-        golden, layout = self.golden, self.layout
-        self.terms = [make_term(golden.method, layout, golden.hparams)]
-        if layout.task:
-            self.terms.insert(0, Term("task", layout.task(golden.hparams), layout.task_weight(golden.hparams)))
+        self.terms = make_terms(self.golden.method, self.layout, self.golden.hparams)
 
     def expected(self) -> Mapping[str, Output]:
         """Recorded outputs that have a counterpart."""
@@ -189,7 +194,12 @@ class TensorCase:
         return {name: ours for name, ours in self.layout.draws.items() if f"draw/{name}" in self.golden.tensors}
 
     def _outputs(self, side: str, inputs: Mapping[str, Tensor]) -> Outputs:
-        slots = {slot: inputs[name] for name, slot in self.layout.inputs.items() if name in inputs}
+        slots: dict[str, Tensor] = {}
+        for name, slot in self.layout.inputs.items():
+            if name in inputs and slot.endswith("*"):
+                slots |= {f"{slot[:-1]}{index}": value for index, value in enumerate(inputs[name].unbind(1))}
+            elif name in inputs:
+                slots[slot] = inputs[name]
         found = {slot.partition(".")[2]: value for slot, value in slots.items() if slot.startswith(side)}
         # a method on features alone is recorded without logits
         logits = found.pop("logits", None)
@@ -202,10 +212,20 @@ class TensorCase:
             Shapes(classes, {role: tuple(tap.shape[1:]) for role, tap in outputs.taps.items()})
             for outputs in (student, teacher)
         )
-        built = get_method(term.name)(term.config(changes), ours, theirs, {}).double()
+        built = get_method(term.name)(term.config(changes), ours, theirs, self._parts()).double()
         if term.name == self.golden.method:
             load(built, {rename(k, self.layout.parameters): v for k, v in self.golden.group("param/").items()})
         return built
+
+    def _parts(self) -> dict[str, torch.nn.Module]:
+        """The teacher's frozen classifier, where it is recorded."""
+        if not self.layout.head:
+            return {}
+        state = {key: self.golden.tensors[f"in/{self.layout.head}_{key}"] for key in ("weight", "bias")}
+        classes, width = state["weight"].shape
+        head = torch.nn.Linear(width, classes, dtype=torch.float64).requires_grad_(False)
+        load(head, state)
+        return {"head": head}
 
 
 def load(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -256,7 +276,11 @@ def open_case(golden: Golden) -> Case:
         from tests.goldens.networks import NetworkCase
 
         return NetworkCase(golden)
-    return TensorCase(golden, LAYOUTS[golden.method])
+    if golden.group("param/student/"):
+        from tests.goldens.networks import DeiTCase
+
+        return DeiTCase(golden)
+    return TensorCase(golden, layout_of(golden.method, golden.hparams))
 
 
 def check_file(file: Path) -> Row:

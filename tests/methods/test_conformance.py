@@ -9,11 +9,14 @@ from pydantic import ConfigDict
 from kd_hf.errors import UserError
 from kd_hf.methods import get_method, method_names
 from kd_hf.methods.base import Method, Needs, Reference
+from kd_hf.methods.cls_kd import ClsKD
 from kd_hf.methods.deit_soft import DeiTSoft
 from kd_hf.methods.dkd import DKD
 from kd_hf.methods.kd import KD
+from kd_hf.methods.manifold import Manifold
 from kd_hf.methods.mgd import MGD
 from kd_hf.methods.nkd import NKD
+from kd_hf.methods.srrl import SRRL
 from kd_hf.methods.task import Task
 from kd_hf.methods.uskd import USKD
 from kd_hf.testing import check_method
@@ -30,6 +33,11 @@ OPTIONS = [
     (DeiTSoft, {"temperature": 3}),
     (DeiTSoft, {"reduction": "numel"}),
     (MGD, {"mask_ratio": 0.5, "student_tap": "stage:-2", "teacher_tap": "stage:-2"}),
+    (SRRL, {"teacher_tap": "stage:-1", "beta": 5}),
+    (SRRL, {"wiring": "last_sample"}),
+    (Manifold, {"student_blocks": [3, 0], "teacher_blocks": [1, 1], "K": 10}),
+    (ClsKD, {"dim_match": "relation", "detach_weights": True}),
+    (ClsKD, {"manifold": False, "norm_distill": True, "last_w": 1}),
 ]
 
 

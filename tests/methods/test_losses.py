@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd_hf.methods.losses import batch_mean, frozen, full_precision, labelled, rest_cross_entropy, without
+from kd_hf.methods.losses import (
+    batch_mean,
+    exact,
+    frozen,
+    full_precision,
+    gram_difference,
+    labelled,
+    rest_cross_entropy,
+    unit,
+    without,
+)
 from tests.methods.build import logits
 
 
@@ -40,3 +50,59 @@ def test_unlabelled_samples_add_nothing_and_stay_in_the_divisor():
     assert index.tolist() == [2, 0, 0]
     values = torch.tensor([3.0, torch.nan, 6.0])
     assert batch_mean(values, known).item() == 3.0
+
+
+def rows(groups=3, count=5, width=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(groups, count, width, dtype=torch.float64, generator=generator)
+
+
+def plain_gram_difference(student, teacher):
+    return (teacher @ teacher.transpose(1, 2) - student @ student.transpose(1, 2)).square().mean()
+
+
+def test_gram_difference_and_its_gradient_equal_those_of_the_plain_formula():
+    teacher, ours, plain = rows(width=7, seed=1), rows().requires_grad_(), rows().requires_grad_()
+    value, expected = gram_difference(ours, teacher), plain_gram_difference(plain, teacher)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    (3 * value).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_gram_difference_vanishes_for_rotated_rows_of_another_width():
+    rotation = torch.linalg.qr(rows(1, 7, 4, seed=2)[0]).Q  # [7, 4], orthonormal columns
+    assert gram_difference(rows(), rows() @ rotation.T) < 1e-28
+    assert gram_difference(rows(), rows(seed=1)) > 1
+
+
+def test_gram_difference_keeps_no_gram_matrix_for_the_backward_pass():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)), lambda _: None):
+        gram_difference(rows(2, 50, 4).requires_grad_(), rows(2, 50, 6))
+    assert kept == [(2, 50, 4)]
+
+
+def test_gram_difference_is_not_rounded_by_autocast():
+    student, teacher = unit(rows(width=64)).float(), unit(rows(width=64, seed=1)).float()
+    expected = plain_gram_difference(student.double(), teacher.double()).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, ours = plain_gram_difference(student, teacher).item(), gram_difference(student, teacher)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
+    assert rough != pytest.approx(expected, rel=1e-5)
+
+
+def test_exact_switches_autocast_off():
+    matrix = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (matrix @ matrix).dtype == torch.bfloat16
+        with exact(matrix):
+            assert (matrix @ matrix).dtype == torch.float32
+
+
+def test_unit_vectors_have_length_one_and_zero_stays_zero():
+    tokens = torch.cat([rows().bfloat16(), torch.zeros(3, 1, 4, dtype=torch.bfloat16)], dim=1)
+    vectors = unit(tokens)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=2), torch.tensor([1.0] * 5 + [0.0]).expand(3, 6))

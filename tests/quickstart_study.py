@@ -1,0 +1,60 @@
+"""The quick start over several seeds: ``python -m tests.quickstart_study [FOLDER] [--seeds 5]``.
+
+One teacher; for every seed a plain and a distilled student with the same network, steps and data. Prints the table
+that the README shows; finished runs in FOLDER are read, not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from kd_hf.callbacks import read_log
+from kd_hf.recipe import load_recipe
+from kd_hf.report import table
+from kd_hf.train import train_recipe
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+
+
+def last_top1(folder: Path) -> float:
+    """The last measured top-1 of a run, in percent."""
+    return [line["eval_top1"] for line in read_log(folder) if "eval_top1" in line][-1]
+
+
+def study(folder: Path, seeds: int) -> dict[str, list[float]]:
+    """Top-1 by kind of student, one number per seed."""
+    found: dict[str, list[float]] = {"plain": [], "distilled": []}
+    for seed in range(seeds):
+        output = folder / f"seed{seed}"
+        train_recipe(
+            load_recipe(RECIPE, [f"train.seed={seed}", f"train.output_dir={output}", "train.disable_tqdm=true"])
+        )
+        found["plain"].append(last_top1(output / "plain"))
+        found["distilled"].append(last_top1(output))
+    return found
+
+
+def describe(values: dict[str, list[float]]) -> str:
+    """Mean, standard deviation over seeds, and every seed."""
+    rows = [("student", "top-1 %", "mean", "std", "seeds")]
+    for name, numbers in values.items():
+        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+        rows.append(
+            (name, "", f"{statistics.mean(numbers):.2f}", f"{spread:.2f}", " ".join(f"{x:.2f}" for x in numbers))
+        )
+    return "\n".join(table(rows))
+
+
+def main() -> None:
+    """Run the study and print its table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.quickstart_study")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/quickstart_study"))
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
+    print(describe(study(args.folder, args.seeds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from timm.models import create_model
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from kd_hf.assemble import assemble
+from kd_hf.config import TrainConfig
+from kd_hf.errors import UserError
+from kd_hf.optim import LrSchedule, build_optimizer
+from tests.runs import TEACHER, recipe
+
+STEPS, EPOCH = 100, 10
+
+
+def config(**values):
+    return TrainConfig.model_validate({"output_dir": "x", "learning_rate": 0.1, **values})
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    """A student and a method with parameters of its own."""
+    blocks = {"teacher": {**TEACHER, "model": "test_vit"}, "methods": {"mgd": {}}}
+    return assemble(recipe(tmp_path_factory.mktemp("run"), blocks, {"data": {"image_size": 32}}), 10).module
+
+
+# --- parameter groups
+
+
+def by_parameter(optimizer):
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"decay_norm_and_bias": True}, {"layer_decay": 0.5}])
+def test_every_parameter_is_trained_once(module, options):
+    optimizer = build_optimizer(module, config(weight_decay=0.05, **options))
+    listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(p) for p in module.parameters()}
+
+
+def test_norms_biases_and_what_the_network_exempts_are_not_decayed(module):
+    groups = by_parameter(build_optimizer(module, config(weight_decay=0.05)))
+    exempt = set(module.student.network.no_weight_decay())
+    assert {"pos_embed", "cls_token"} <= exempt
+    names = [(name.removeprefix("student.network."), p) for name, p in module.named_parameters()]
+    for name, p in names:
+        assert groups[id(p)]["weight_decay"] == (0 if p.ndim <= 1 or name in exempt else 0.05), name
+    assert any(name.startswith("methods.mgd") and p.ndim > 1 for name, p in names)
+
+
+def test_everything_is_decayed_when_asked(module):
+    optimizer = build_optimizer(module, config(weight_decay=0.05, decay_norm_and_bias=True))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.05}
+
+
+def test_layer_decay_is_timms_and_spares_the_methods(module):
+    groups = by_parameter(build_optimizer(module, config(weight_decay=0.05, layer_decay=0.5)))
+    network = module.student.network
+    theirs = by_parameter(create_optimizer_v2(network, opt="adamw", lr=0.1, weight_decay=0.05, layer_decay=0.5))
+    for name, p in network.named_parameters():
+        ours, reference = groups[id(p)], theirs[id(p)]
+        assert (ours["lr_scale"], ours["weight_decay"]) == (reference["lr_scale"], reference["weight_decay"]), name
+    assert len({group.get("lr_scale", 1.0) for group in groups.values()}) > 2
+    assert all(groups[id(p)].get("lr_scale", 1.0) == 1.0 for p in module.methods.parameters())
+
+
+def test_frozen_parameters_are_left_out(module):
+    frozen = next(module.student.network.parameters())
+    frozen.requires_grad_(False)
+    try:
+        for options in ({}, {"decay_norm_and_bias": True}):
+            assert id(frozen) not in by_parameter(build_optimizer(module, config(**options)))
+    finally:
+        frozen.requires_grad_(True)
+
+
+# --- the optimiser
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "nesterov"),
+    [("adamw", torch.optim.AdamW, None), ("AdamW", torch.optim.AdamW, None), ("sgd", torch.optim.SGD, True),
+     ("momentum", torch.optim.SGD, False), ("lamb", None, None), ("lion", None, None)],
+)  # fmt: skip
+def test_names_of_timm(module, name, kind, nesterov):
+    optimizer = build_optimizer(module, config(optim=name, momentum=0.8))
+    assert type(optimizer).__name__.lower() == (kind.__name__.lower() if kind else name)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+    if nesterov is not None:
+        assert optimizer.defaults["nesterov"] is nesterov
+        assert optimizer.defaults["momentum"] == 0.8
+
+
+def test_further_arguments_reach_the_optimiser(module):
+    optimizer = build_optimizer(module, config(optim_args={"betas": [0.8, 0.9], "eps": 1e-6}))
+    assert tuple(optimizer.defaults["betas"]) == (0.8, 0.9)
+    assert optimizer.defaults["eps"] == 1e-6
+
+
+def test_unknown_optimiser(module):
+    with pytest.raises(UserError, match=r"train\.optim: unknown optimiser 'adamx'\. Did you mean 'adam"):
+        build_optimizer(module, config(optim="adamx"))
+
+
+@pytest.mark.parametrize("wrong", [{"betaz": 1}, {"betas": [0.9, 2.0]}, {"betas": [0.9]}, {"eps": "x"}, {"lr": 1}])
+def test_arguments_that_do_not_fit(module, wrong):
+    with pytest.raises(UserError, match=r"train\.optim_args: adamw does not take these"):
+        build_optimizer(module, config(optim_args=wrong))
+
+
+def test_layer_decay_needs_a_network_that_knows_its_layers():
+    module = SimpleNamespace(student=SimpleNamespace(network=nn.Linear(2, 2)), methods=nn.ModuleDict())
+    with pytest.raises(UserError, match=r"train\.layer_decay needs a timm student"):
+        build_optimizer(module, config(layer_decay=0.5))
+
+
+# --- the schedule
+
+
+def rates(cfg, lr=0.1, steps=STEPS, epoch=EPOCH, scale=None):
+    group = {"params": [nn.Parameter(torch.zeros(1))], **({"lr_scale": scale} if scale else {})}
+    schedule = LrSchedule(torch.optim.SGD([group], lr=lr), cfg, steps, epoch)
+    return [schedule.set(step) for step in range(steps)]
+
+
+def torchs(make, lr=0.1, count=STEPS):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = make(optimizer)
+    values = []
+    for _ in range(count):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+schedulers = torch.optim.lr_scheduler
+
+
+@pytest.mark.parametrize(
+    ("options", "make"),
+    [
+        ({"lr_scheduler_type": "cosine"}, lambda o: schedulers.CosineAnnealingLR(o, STEPS)),
+        ({"lr_scheduler_type": "cosine", "min_lr": 0.01}, lambda o: schedulers.CosineAnnealingLR(o, STEPS, 0.01)),
+        ({"lr_scheduler_type": "linear"}, lambda o: schedulers.LinearLR(o, 1.0, 0.0, STEPS)),
+        ({"lr_scheduler_type": "constant"}, lambda o: schedulers.ConstantLR(o, 1.0)),
+        ({"lr_scheduler_type": "step", "lr_decay_at": ["3 epochs"]}, lambda o: schedulers.StepLR(o, 30)),
+        (
+            {"lr_scheduler_type": "multistep", "lr_decay_at": ["3 epochs", 0.6, "90 steps"], "lr_decay_rate": 0.2},
+            lambda o: schedulers.MultiStepLR(o, [30, 60, 90], 0.2),
+        ),
+        ({"lr_scheduler_type": "multistep", "lr_decay_at": [60, 30]}, lambda o: schedulers.MultiStepLR(o, [30, 60])),
+    ],
+)
+def test_agrees_with_torch(options, make):
+    assert rates(config(**options)) == pytest.approx(torchs(make), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "make"),
+    [
+        ({"lr_scheduler_type": "cosine"}, lambda o: schedulers.CosineAnnealingLR(o, STEPS // EPOCH)),
+        (
+            {"lr_scheduler_type": "multistep", "lr_decay_at": ["3 epochs", "6 epochs"]},
+            lambda o: schedulers.MultiStepLR(o, [3, 6]),
+        ),
+        ({"lr_scheduler_type": "step", "lr_decay_at": ["4 epochs"]}, lambda o: schedulers.StepLR(o, 4)),
+    ],
+)
+def test_moving_at_epoch_ends_agrees_with_torch(options, make):
+    by_epoch = torchs(make, count=STEPS // EPOCH)
+    wanted = [rate for rate in by_epoch for _ in range(EPOCH)]
+    assert rates(config(lr_schedule_on="epoch", **options)) == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_warmup_is_linear_and_then_the_curve_goes_on(kind):
+    warm = rates(config(lr_scheduler_type=kind, warmup_steps="2 epochs", warmup_lr=0.02))
+    cold = rates(config(lr_scheduler_type=kind))
+    assert warm[:20] == pytest.approx([0.02 + 0.08 * step / 20 for step in range(20)])
+    assert warm[20:] == pytest.approx(cold[20:])
+
+
+def test_warmup_by_epoch_rises_in_steps():
+    warm = rates(config(lr_scheduler_type="constant", lr_schedule_on="epoch", warmup_steps="4 epochs"))
+    assert warm[::10][:5] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
+    assert len(set(warm[:10])) == 1
+
+
+def test_the_rate_is_a_function_of_the_step_alone():
+    cfg = config(warmup_steps=10, min_lr=1e-3)
+    forward = rates(cfg)
+    schedule = LrSchedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), cfg, STEPS, EPOCH)
+    assert [schedule.set(step) for step in reversed(range(STEPS))] == forward[::-1]
+
+
+def test_layers_keep_their_share_of_the_rate():
+    assert rates(config(), scale=0.25) == pytest.approx([0.25 * rate for rate in rates(config())])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_a_run_of_one_step(kind):
+    assert rates(config(lr_scheduler_type=kind), steps=1) == [0.1]
+
+
+def test_the_rate_a_network_is_trained_with():
+    network = create_model("test_resnet", num_classes=3)
+    module = SimpleNamespace(student=SimpleNamespace(network=network), methods=nn.ModuleDict())
+    cfg = config(optim="momentum", momentum=0.0, warmup_steps=2)
+    optimizer = build_optimizer(module, cfg)
+    schedule = LrSchedule(optimizer, cfg, STEPS, EPOCH)
+    weight = next(network.parameters())
+    before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+    for step in range(3):
+        schedule.set(step)
+        optimizer.step()
+    moved = (before - weight.detach()).mean().item()
+    assert moved == pytest.approx(0.0 + 0.05 + 0.05 * (1 + math.cos(math.pi * 2 / STEPS)), rel=1e-4)

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+
+from kd_hf import plan as plan_command
+from kd_hf.assemble import assemble
+from kd_hf.plan import describe, plan_recipe
+from kd_hf.recipe import load_recipe, recipe_hash
+from tests.runs import ROOT, recipe, recipe_file
+
+DISTILLED = {
+    "student": {"model": "test_vit", "num_classes": 10},
+    "teacher": {"model": "test_vit", "num_classes": 10},
+    "methods": {"mgd": {"until": "0.9"}, "kd": {"weight": {"warmup": [0, 1, "2 epochs"]}, "temperature": 4}},
+    "data": {"augment": {"mixup": 0.8, "erasing": 0.25}},
+}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    run = recipe(tmp_path_factory.mktemp("run"), DISTILLED)
+    return run, plan_recipe(run, processes=3)
+
+
+def test_numbers_are_those_of_the_built_networks(planned):
+    run, plan = planned
+    plain = run.teacher.model_copy(update={"pretrained": False})
+    parts = assemble(run.model_copy(update={"teacher": plain}), 10)
+    assert plan["trained_parameters"] == sum(p.numel() for p in parts.module.parameters())
+    for name, model in (("student", parts.student), ("teacher", parts.teachers["teacher"])):
+        assert plan["networks"][name]["parameters"] == sum(p.numel() for p in model.network.parameters())
+        assert plan["networks"][name]["taps"] == {"stage:-1": [64, 2, 2]}
+    own = sum(p.numel() for p in parts.module.methods["mgd"].parameters())
+    assert plan["methods"]["mgd"]["parameters"] == own > 0
+    with torch.no_grad():
+        taps = parts.module.student(torch.zeros(1, 3, 32, 32)).taps
+    assert list(taps["stage:-1"].shape[1:]) == plan["networks"]["student"]["taps"]["stage:-1"]
+
+
+def test_what_a_launch_will_do(planned):
+    run, plan = planned
+    assert plan["global_batch"] == 3 * 8
+    assert plan["recipe_hash"] == recipe_hash(run)
+    assert plan["length"] == "4 steps"
+    assert plan["methods"].keys() == {"task", "mgd", "kd"}
+    assert plan["methods"]["mgd"]["until"] == "0.9"
+    assert plan["methods"]["kd"]["weight"]["warmup"] == [0, 1, "2 epochs"]
+    assert plan["methods"]["kd"]["options"] == {"temperature": 4.0}
+    assert {"mixing", "erasing"} <= set(plan["augmentation"])
+    assert "auto_augment" not in plan["augmentation"]
+
+
+def test_a_plan_is_plain_json_and_text(planned):
+    _, plan = planned
+    assert json.loads(json.dumps(plan)) == plan
+    text = describe(plan)
+    for part in ("test_vit", "tap stage:-1 [64, 2, 2]", "kd ×", "temperature 4", "24 images a step", "until 0.9"):
+        assert part in text, text
+
+
+def test_a_loss_that_mixes_images_is_pointed_out(tmp_path):
+    plan = plan_recipe(recipe(tmp_path))
+    assert plan["batch_coupled"] == []
+    assert "coupled" not in describe(plan)
+    assert "coupled    some_loss" in describe({**plan, "batch_coupled": ["some_loss"]})
+
+
+def test_weights_are_neither_needed_nor_read(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    plan = plan_recipe(recipe(tmp_path, {"teacher": {"model": "timm/vit_base_patch16_224.augreg_in1k"}}))
+    assert plan["networks"]["teacher"]["parameters"] > 80e6
+
+
+def test_the_command_prints_text_json_or_the_schema(tmp_path, capsys):
+    path = str(recipe_file(tmp_path / "recipe.yaml", tmp_path / "run", DISTILLED))
+    assert plan_command.main([path, "train.seed=5"]) == 0
+    assert capsys.readouterr().out.startswith(f"recipe {recipe_hash(load_recipe(path, ['train.seed=5']))}\n")
+    assert plan_command.main([path, "--json", "--processes", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["global_batch"] == 16
+    assert plan_command.main(["--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "kd_hf recipe"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_is_trained_first_is_planned_as_its_recipe_says(capsys):
+    plan = plan_recipe(load_recipe(ROOT / "recipes" / "quickstart.yaml"))
+    assert plan["networks"]["teacher"]["model"] == "test_resnet"
+    assert plan["networks"]["student"]["model"] == "test_efficientnet"
