@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kd_hf.errors import UserError, run_command
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kd_hf.assemble import Assembly
     from kd_hf.config import Recipe
     from kd_hf.distill import Choice
+    from kd_hf.methods.base import Method
     from kd_hf.trainer import DistillTrainer
 
 
@@ -76,8 +77,7 @@ def _network(parts: Assembly, name: str) -> dict[str, Any]:
 
 
 def _method(parts: Assembly, choice: Choice) -> dict[str, Any]:
-    method = parts.module.methods[choice.name]
-    cost = method.cost()
+    cost = cast("Method", parts.module.methods[choice.name]).cost()
     return {
         "weight": choice.weight if isinstance(choice.weight, float) else choice.weight.model_dump(mode="json"),
         "until": str(choice.until) if choice.until else None,

@@ -52,7 +52,7 @@ _BOOL, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "f
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: `1e-4` is a number, `no` and `2026-01-31` are words (YAML 1.1 differs in all three)."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
         first: [(tag, pattern) for tag, pattern in found if tag not in (_BOOL, _TIMESTAMP)]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -28,22 +28,20 @@ def study(folder: Path, seeds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"plain": [], "distilled": []}
     for seed in range(seeds):
         output = folder / f"seed{seed}"
-        train_recipe(
-            load_recipe(RECIPE, [f"train.seed={seed}", f"train.output_dir={output}", "train.disable_tqdm=true"])
-        )
+        train_recipe(load_recipe(RECIPE, [f"train.seed={seed}", f"train.output_dir={output}"]))
         found["plain"].append(last_top1(output / "plain"))
         found["distilled"].append(last_top1(output))
     return found
 
 
 def describe(values: dict[str, list[float]]) -> str:
-    """Mean, standard deviation over seeds, and every seed."""
-    rows = [("student", "top-1 %", "mean", "std", "seeds")]
+    """Every seed, mean and standard deviation over seeds."""
+    count = max(len(numbers) for numbers in values.values())
+    rows: list[tuple[str, ...]] = [("student", f"top-1 %, seeds 0–{count - 1}", "mean", "std")]
     for name, numbers in values.items():
         spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-        rows.append(
-            (name, "", f"{statistics.mean(numbers):.2f}", f"{spread:.2f}", " ".join(f"{x:.2f}" for x in numbers))
-        )
+        each = " ".join(f"{number:.2f}" for number in numbers)
+        rows.append((name, each, f"{statistics.mean(numbers):.2f}", f"{spread:.2f}"))
     return "\n".join(table(rows))
 
 

@@ -92,7 +92,7 @@ def test_damage_is_noticed(tmp_path, damage):
 def test_only_plain_values_are_unpickled(tmp_path):
     path = write(tmp_path, 1)
     torch.save({"state": Path("x")}, path / "optimizer.pt")
-    with pytest.raises(UserError, match="cannot read optimizer.pt"):
+    with pytest.raises(UserError, match=r"cannot read optimizer\.pt"):
         ckpt.load_objects(path, "optimizer")
 
 

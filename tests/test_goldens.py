@@ -78,7 +78,7 @@ def test_a_perturbed_value_fails_and_is_named(tmp_path, name, key):
         ("deit_soft/numel_token_tau1", {"reduction": "batchmean"}),
         ("deit_hard/notoken_alpha03", {"smoothing": 0.0}),
         ("vitkd/same18_n9_l03", {"lambda_vitkd": 0.31}),
-        ("manifold/merge", {"max_patch_num": 1}),
+        ("manifold/merge", {"max_patch_num": 0}),
         ("manifold/extra_token", {"K": 23}),
         ("cls_kd/relation_manifold", {"last_w": 2.4}),
         ("cls_kd/projector_no_manifold", {"t_id": [1, 6, 3]}),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_hf.methods.losses import full_precision
 
-Map = Literal["auto", "householder", "expm", "qr"]
+Map = Literal["auto", "householder", "matrix_exp", "qr"]
 
 
 def inverse_factor(vectors: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ class OrthogonalProjection(nn.Module):
     input is wider), ``W = base · Q(X)`` or the transpose of that:
 
     - ``householder``: the first k columns of ``H_1 … H_k`` whose vectors are the strictly lower part of X below ones;
-    - ``expm``: the first k columns of ``exp(A)``, A skew with the strictly lower part of X;
+    - ``matrix_exp``: the first k columns of ``exp(A)``, A skew with the strictly lower part of X;
     - ``qr``: the orthonormal factor of X itself; there is no base;
-    - ``auto``: what PyTorch takes: ``expm`` for a square matrix, else ``householder``.
+    - ``auto``: what PyTorch takes: ``matrix_exp`` for a square matrix, else ``householder``.
 
     Weight decay moves a map with a base towards W = base, and leaves that of ``qr`` as it is: W stays orthonormal.
 
@@ -93,7 +93,7 @@ class OrthogonalProjection(nn.Module):
     def __init__(self, inputs: int, outputs: int, map: Map = "auto", truncated_signs: bool = False) -> None:
         super().__init__()
         self.wide = outputs < inputs
-        self.map = map if map != "auto" else ("expm" if inputs == outputs else "householder")
+        self.map = map if map != "auto" else ("matrix_exp" if inputs == outputs else "householder")
         self.truncated_signs = truncated_signs and self.map == "householder"
         start = nn.Linear(inputs, outputs, bias=False).weight.detach()
         start = positive_qr(start.T if self.wide else start)
@@ -138,7 +138,7 @@ class OrthogonalProjection(nn.Module):
         """``base · Q · x`` for x ``[k, B]``; vectors are reflected, W itself is never formed."""
         if self.map == "qr":
             return positive_qr(self.original) @ columns
-        if self.map == "expm":
+        if self.map == "matrix_exp":
             columns = skew_exponential(self.original) @ columns
         else:
             vectors = unit_lower(self.original)
@@ -153,7 +153,7 @@ class OrthogonalProjection(nn.Module):
         if self.map == "qr":
             return positive_qr(original).T @ columns
         columns = self.base_signs[:, None] * reflect_back(self.base_vectors, self.base_factor, columns)
-        if self.map == "expm":
+        if self.map == "matrix_exp":
             return skew_exponential(original).T @ columns
         vectors = unit_lower(original)
         columns = reflect_back(vectors, inverse_factor(vectors), columns)[: original.shape[1]]

@@ -70,9 +70,9 @@ class ScaleKD(Method):
         nothing else is not built."""
         heads: int | dict[Stage, int] | None = None
         """Attention heads of the projectors; by default one per 64 channels of the teacher, as for Swin-B."""
-        softmax_scale: float = Field(5.0, gt=0)
-        """σ: factor on the usual scale of attention. The authors take 5 for Swin teachers (1 for a ConvNeXt or Swin
-        student), 0.2 to 1 for BEiT."""
+        softmax_scale: float | Pair | dict[Stage, float | Pair] = 5.0
+        """σ: factor on the usual scale of attention, for both views or each, for both stages or each. The authors take
+        5 for Swin teachers (1 for a ConvNeXt or Swin student), 0.2 to 1 for BEiT."""
         norm: Literal["batch", "layer"] = "batch"
         """Norm in the projectors; `layer` is the authors' choice for a Swin student and does not couple samples."""
         projector: Literal["cross_attention", "pointwise"] = "cross_attention"
@@ -88,6 +88,11 @@ class ScaleKD(Method):
         def alphas(self, stage: Stage) -> Pair:
             """(α_0, α_1) of a stage; (0, 0) for one that a mapping leaves out."""
             return self.alpha.get(stage, (0.0, 0.0)) if isinstance(self.alpha, dict) else self.alpha
+
+        def scales(self, stage: Stage) -> Pair:
+            """σ of the spatial and the alternative view of a stage."""
+            scale = self.softmax_scale.get(stage, 5.0) if isinstance(self.softmax_scale, dict) else self.softmax_scale
+            return scale if isinstance(scale, tuple) else (scale, scale)
 
         def head_count(self, stage: Stage, channels: int) -> int:
             """Heads of a stage's projectors. Raises UserError when they do not divide the width."""
@@ -149,7 +154,7 @@ class ScaleKD(Method):
         for stage, role in self.roles.items():
             shape = map_shape(f"methods.scalekd.taps.{stage}", role, student.taps[role])
             for view in self.views[stage]:
-                projector = self._projector(stage, shape, goals[stage])
+                projector = self._projector(stage, view, shape, goals[stage])
                 self.projectors[f"{stage}_{view}"] = projector
                 self.macs += projector.macs()
 
@@ -163,7 +168,7 @@ class ScaleKD(Method):
         return used
 
     def _projector(
-        self, stage: Stage, shape: tuple[int, int, int], goal: tuple[int, int, int]
+        self, stage: Stage, view: str, shape: tuple[int, int, int], goal: tuple[int, int, int]
     ) -> CrossAttentionProjector | PointwiseProjector:
         channels, *grid = goal
         if self.cfg.projector == "pointwise":
@@ -173,7 +178,7 @@ class ScaleKD(Method):
             channels,
             (grid[0], grid[1]),
             self.cfg.head_count(stage, channels),
-            self.cfg.softmax_scale,
+            self.cfg.scales(stage)[VIEWS.index(view)],
             self.cfg.norm,
             own_queries=stage == next(iter(self.roles)),
         )

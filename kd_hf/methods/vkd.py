@@ -77,7 +77,7 @@ class VkD(Method):
         teacher_tap: str | None = None
         """The teacher's feature; by default likewise."""
         map: Map = "auto"
-        """How W is parametrised: `householder`, `expm`, `qr`, or as PyTorch chooses (see OrthogonalProjection)."""
+        """How W is parametrised: `householder`, `matrix_exp`, `qr`, or as PyTorch chooses (see OrthogonalProjection)."""
         truncated_signs: bool = False
         """Truncate the diagonal of the Householder parameter, as the released code: W dies under weight decay."""
         normalise: Literal["layer_norm", "standardise", "whiten", "none"] = "layer_norm"
@@ -153,5 +153,5 @@ class VkD(Method):
         """Own parameters, and multiply–accumulates of projecting one image (not of the batch's one k×k factor)."""
         if self.projector is None:
             return super().cost()
-        passes = {"qr": 1, "expm": 3, "householder": 4}[self.projector.map]
+        passes = {"qr": 1, "matrix_exp": 3, "householder": 4}[self.projector.map]
         return Cost(parameters=super().cost().parameters, macs=passes * self.projector.original.numel())

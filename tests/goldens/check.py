@@ -77,7 +77,7 @@ class Golden:
     def target(self) -> Target:
         """Labels: an index vector or rows, under whichever name; none at all gives -1."""
         inputs = self.group("in/")
-        found = [inputs[name] for name in ("label", "labels", "target") if name in inputs]
+        found = [inputs[name] for name in ("label", "labels", "target", "targets") if name in inputs]
         if not found:
             return Target(torch.full((len(next(iter(inputs.values()))),), -1))
         return Target(found[0]) if found[0].ndim == 1 else Target(found[0].argmax(1), found[0])
@@ -146,6 +146,8 @@ class Run:
 class Case(Protocol):
     """A file brought into our terms."""
 
+    golden: Golden
+
     def expected(self) -> Mapping[str, Output]:
         """Recorded outputs that have a counterpart, by name."""
 
@@ -207,15 +209,18 @@ class TensorCase:
         return Outputs(torch.zeros(1, 1) if logits is None else logits, found.pop("dist_logits", None), found)
 
     def _build(self, term: Term, changes: Mapping[str, Any], student: Outputs, teacher: Outputs) -> Method:
+        built = self._new(term, changes, student, teacher)
+        if term.name == self.golden.method:
+            load(built, {rename(k, self.layout.parameters): v for k, v in self.golden.group("param/").items()})
+        return built
+
+    def _new(self, term: Term, changes: Mapping[str, Any], student: Outputs, teacher: Outputs) -> Method:
         classes = student.logits.shape[1]
         ours, theirs = (
             Shapes(classes, {role: tuple(tap.shape[1:]) for role, tap in outputs.taps.items()})
             for outputs in (student, teacher)
         )
-        built = get_method(term.name)(term.config(changes), ours, theirs, self._parts()).double()
-        if term.name == self.golden.method:
-            load(built, {rename(k, self.layout.parameters): v for k, v in self.golden.group("param/").items()})
-        return built
+        return get_method(term.name)(term.config(changes), ours, theirs, self._parts()).double()
 
     def _parts(self) -> dict[str, torch.nn.Module]:
         """The teacher's frozen classifier, where it is recorded."""
@@ -244,9 +249,9 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def compare(golden: Golden, case: Case) -> dict[str, float]:
+def compare(case: Case) -> dict[str, float]:
     """Relative error of everything recorded that has a counterpart, by key."""
-    base = case.run({})
+    golden, base = case.golden, case.run({})
     errors = {}
     for name, output in case.expected().items():
         run = case.run(output.options) if output.options else base
@@ -280,6 +285,14 @@ def open_case(golden: Golden) -> Case:
         from tests.goldens.networks import DeiTCase
 
         return DeiTCase(golden)
+    if golden.method == "scalekd":
+        from tests.goldens.scalekd import open_scalekd
+
+        return open_scalekd(golden)
+    if golden.method == "vkd":
+        from tests.goldens.vkd import VkDCase
+
+        return VkDCase(golden, LAYOUTS["vkd"])
     return TensorCase(golden, layout_of(golden.method, golden.hparams))
 
 
@@ -288,7 +301,7 @@ def check_file(file: Path) -> Row:
     method, case = file.parent.name, file.stem
     try:
         golden = Golden.read(file)
-        errors = compare(golden, open_case(golden))
+        errors = compare(open_case(golden))
     except NotCovered as reason:
         return Row(method, case, None, str(reason))
     except (Mismatch, UserError, ValidationError, SafetensorError, KeyError, ValueError, RuntimeError) as reason:

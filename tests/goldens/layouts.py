@@ -70,6 +70,12 @@ def _smoothing(hparams: HParams) -> Mapping[str, Any]:
     return {"label_smoothing": hparams["smoothing"] if smoothed else 0.0}
 
 
+def _vkd_task(hparams: HParams) -> Mapping[str, Any]:
+    """The base criterion of VkD."""
+    smoothed = hparams["criterion"] == "label_smoothing_ce"
+    return {"label_smoothing": hparams["smoothing"] if smoothed else 0.0}
+
+
 def _deit_companion(hparams: HParams) -> Companions:
     """The logit distillation that methods of the DeiT family come with."""
     kind = hparams["distillation_type"]
@@ -213,6 +219,55 @@ LAYOUTS: Mapping[str, Layout] = {
             **{f"loss_{part}": Output("cls_kd", part) for part in ("cls", "atn", "norm")},
         },
         ignored=DEIT_RECIPE | DEIT_NETWORKS,
+    ),
+    "vkd": Layout(
+        options={"alpha": "alpha", "gamma": "gamma", "orthogonal_map": "map"},
+        task=_vkd_task,
+        inputs={
+            "student_patch_tokens": "student.feature",
+            "teacher_feature_map": "teacher.feature",
+            "student_logits_cls": "student.logits",
+            "student_logits_dist": "student.dist_logits",
+            "teacher_logits": "teacher.logits",
+        },
+        outputs={
+            "loss": LOSS,
+            "xe_loss": Output("task"),
+            "kl_loss": Output("vkd", "logits"),
+            "repr_distill_loss": Output("vkd", "feature"),
+        },
+        ignored=frozenset({"criterion", "smoothing", "mixup_lambda", "kl_T", "layer_norm_eps", "smooth_l1_beta"})
+        | {"student_dim", "teacher_dim", "use_trivialization"},
+    ),
+    "scalekd": Layout(
+        parameters={
+            "pos_embed": "position",
+            "proj_student.0.": "conv.",
+            "proj_student.1.": "conv_norm.",
+            "proj_pos.0.": "query_in.",
+            "pos_attention.q.": "query.",
+            "pos_attention.k.": "key_value.",
+            "pos_attention.proj.": "out.",
+            "ffn.layers.0.0.": "expand.",
+            "ffn.layers.1.": "contract.",
+            "query.weight": "table",
+        },
+        outputs={
+            "loss": LOSS,
+            "ori_loss": Output("task", weighted=True),
+            "loss_kd": Output("kd", weighted=True),
+            "loss_spat": Output("scalekd", "s4"),
+            "loss_alt": Output("scalekd", "s4_alt"),
+            **{f"loss_{part}": Output("scalekd", part) for part in ("s3", "s3_alt", "s4", "s4_alt")},
+        },
+    ),
+    "scalekd/kd": Layout(
+        options={"temp": "temperature"},
+        weight="alpha",
+        task_weight=_without_alpha,
+        inputs={"student_logits": "student.logits", "teacher_logits": "teacher.logits"},
+        outputs={"loss": LOSS, "loss_kd": LOSS},
+        ignored=frozenset({"classes", "batch"}),
     ),
     "deit_soft": _deit("deit_soft", {"tau": "temperature", "reduction": "reduction"}, set()),
     "deit_hard": _deit("deit_hard", {}, {"tau", "reduction"}),
