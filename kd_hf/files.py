@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kd_hf.errors import UserError
@@ -91,7 +91,8 @@ def write_text(path: Path, text: str) -> None:
             sync(temporary)
             temporary.replace(path)
     except UserError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +86,9 @@ class LrSchedule:
             return max(0, round(steps / self.unit))
 
         warmup = units(cfg.warmup_steps.steps(total_steps, steps_per_epoch))
-        length = max(1, units(total_steps))
+        # rounded up, so that a part of an epoch at the end is not trained at rate 0; timm warns of a length of 1,
+        # where only the first rate is used, which is the same for 2
+        length = max(2, math.ceil(total_steps / self.unit))
         milestones = sorted(units(at.steps(total_steps, steps_per_epoch)) for at in cfg.lr_decay_at)
         common = {"warmup_t": warmup, "warmup_lr_init": cfg.warmup_lr, "t_in_epochs": False}
         self.scheduler = _SCHEDULERS[cfg.lr_scheduler_type](optimizer, cfg, length, milestones, common)
@@ -93,7 +96,8 @@ class LrSchedule:
     def set(self, step: int) -> float:
         """Set the rate for the step about to be taken; returns that of the first group."""
         self.scheduler.step_update(step // self.unit)
-        return float(self.optimizer.param_groups[0]["lr"])
+        first = self.optimizer.param_groups[0]
+        return float(first["lr"] / first.get("lr_scale", 1.0))
 
 
 def _cosine(optimizer: Optimizer, cfg: TrainConfig, length: int, _: list[int], common: dict[str, Any]) -> Scheduler:

@@ -32,7 +32,8 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     from kd_hf.recipe import recipe_hash
 
     described = with_untrained_teachers(recipe)
-    parts = assemble(described, num_classes=_num_classes(recipe), device="meta")
+    num_classes = _num_classes(recipe)
+    parts = assemble(described, num_classes=num_classes, device="meta")
     train = recipe.train
     batch = train.per_device_train_batch_size * processes * train.gradient_accumulation_steps
     augment = recipe.data.augment
@@ -40,6 +41,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     return {
         "recipe_hash": recipe_hash(recipe),
         "networks": {name: _network(parts, name) for name in parts.views()},
+        "classes_assumed": num_classes is None,
         "methods": {choice.name: _method(parts, choice) for choice in parts.choices},
         "trained_parameters": sum(p.numel() for p in parts.module.parameters() if p.requires_grad),
         "global_batch": batch,
@@ -106,6 +108,9 @@ def describe(plan: dict[str, Any]) -> str:
         until = f" until {method['until']}" if method["until"] else ""
         options = ", ".join(f"{key} {value}" for key, value in method["options"].items())
         lines.append(f"loss       {name} × {method['weight']}{until}{extra}" + (f" ({options})" if options else ""))
+    if plan["classes_assumed"]:
+        classes = plan["networks"]["student"]["classes"]
+        lines.append(f"head       {classes} classes assumed: no data is read here; training takes them from the data")
     lines += [
         f"trained    {plan['trained_parameters'] / 1e6:.2f} M parameters, {plan['optim']} at "
         f"{plan['learning_rate']:g}, {plan['length']}",
@@ -151,6 +156,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.recipe is None:
         raise UserError("which recipe? Give a file, e.g. recipes/quickstart.yaml, or --schema")
+    if args.processes < 1:
+        raise UserError(f"--processes: expected 1 or more (got {args.processes})")
     plan = plan_recipe(load_recipe(args.recipe, args.overrides), args.processes)
     print(json.dumps(plan, indent=1) if args.json else describe(plan))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def finish_report(recipe: Recipe) -> str:
     lines = ["", *table([HEAD, *(row.cells() for row in rows)]), ""]
     if recipe.data.num_labels:
         lines += [_about_labels(recipe), ""]
-    lines += [f"curve     {picture}", f"student   {student}", "load it with", f"  {load_line(student)}"]
+    lines += [f"curve     {picture}", f"student   {student}", "load it with"]
+    lines += [f"  {line}" for line in load_lines(student)]
     return "\n".join(lines)
 
 
@@ -68,9 +70,13 @@ def _about_labels(recipe: Recipe) -> str:
     return f"{text}."
 
 
-def load_line(student: Path) -> str:
-    """One line of Python that loads an artefact without this package."""
-    return f'model = transformers.AutoModelForImageClassification.from_pretrained("{student}")'
+def load_lines(student: Path) -> list[str]:
+    """Lines of Python that load an artefact without this package."""
+    lines = [f'model = transformers.AutoModelForImageClassification.from_pretrained("{student}")']
+    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    if "pretrained_cfg" in config:
+        lines.insert(0, f'model = timm.create_model("local-dir:{student}", pretrained=True)')
+    return lines
 
 
 def _started(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -123,12 +129,11 @@ def draw_curve(
         if row.top1 is not None:
             left.axhline(row.top1, color="0.4", linestyle=":", label=f"{row.name} ({row.model})")
     left.set(xlabel="step", ylabel="top-1 %", title="held-out accuracy")
-    parts = {key for line in log for key in line if key == "loss" or ("/" in key and not key.startswith("weight/"))}
-    for key in sorted(parts):
+    keys = {key for line in log for key in line if "/" in key and not key.startswith("weight/")}
+    for key in sorted(keys):
         points = [(line["step"], line[key]) for line in log if line.get(key) is not None]
-        if points:
-            right.plot(*zip(*points, strict=True), label=key)
-    right.set(xlabel="step", ylabel="mean since the last log", title="loss and its unweighted parts")
+        right.plot(*zip(*points, strict=True), label=key)
+    right.set(xlabel="step", ylabel="mean since the last log", title="loss parts, before their weights", yscale="log")
     for axis in (left, right):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)

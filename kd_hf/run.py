@@ -55,7 +55,7 @@ class RunFolder:
         if not found:
             if wanted is True:
                 raise UserError(f"train.resume_from_checkpoint: there is no checkpoint in {self.checkpoints}")
-            self._refuse_other_recipe(trained_hash(self.path) or trained_hash(self.student), self.path)
+            self._refuse_other_recipe(trained_hash(self.student), self.path)
             return None
         state = ckpt.read_state(found[-1])
         self._refuse_other_recipe(state["recipe_hash"], found[-1])

@@ -8,23 +8,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_hf.errors import is_main_process, run_command
+from kd_hf.errors import UserError, is_main_process, run_command
 
 if TYPE_CHECKING:
     from kd_hf.config import Recipe
     from kd_hf.trainer import TrainOutput
 
 
-def train_recipe(recipe: Recipe) -> TrainOutput:
+def train_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> TrainOutput:
     """Train what a recipe names: a teacher given by `recipe:` first, then the plain twin it asks for, then the student.
 
     What is already trained is not trained again. A signal during one of them ends the whole.
+
+    Args:
+        recipe: the run.
+        above: run folders of the recipes that need this one.
     """
     from kd_hf.assemble import plain_twin, teacher_recipes, with_trained_teachers
     from kd_hf.recipe import recipe_hash, trained_hash
     from kd_hf.run import STUDENT
     from kd_hf.trainer import DistillTrainer
 
+    if recipe.train.output_dir in above:
+        raise UserError(
+            f"train.output_dir: '{recipe.train.output_dir}' is the run folder of a student and of its teacher's recipe"
+        )
     needed = teacher_recipes(recipe)
     if recipe.baseline == "train":
         needed["plain twin"] = plain_twin(recipe)
@@ -32,7 +40,7 @@ def train_recipe(recipe: Recipe) -> TrainOutput:
         if trained_hash(Path(other.train.output_dir) / STUDENT) == recipe_hash(other):
             continue
         _say(f"\n— training the {name} first: {other.train.output_dir}")
-        output = train_recipe(other)
+        output = train_recipe(other, (*above, recipe.train.output_dir))
         if output.stopped_by:
             return output
     if needed:

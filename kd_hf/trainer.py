@@ -20,6 +20,7 @@ from kd_hf.callbacks import CallbackList, JsonLines, Progress, TrainerControl, T
 from kd_hf.config import EmaConfig, Recipe
 from kd_hf.data.draws import Draws
 from kd_hf.data.loader import Batch, train_loader
+from kd_hf.data.mix import check_mixing
 from kd_hf.data.source import Source, open_source
 from kd_hf.data.views import DeviceStage
 from kd_hf.distill import DistillModule
@@ -102,7 +103,11 @@ class DistillTrainer:
         rows = len(self.train_source)
         self.steps_per_epoch = rows // self.global_batch
         if self.steps_per_epoch == 0:
-            raise UserError(f"the global batch of {self.global_batch} images is larger than the {rows} training images")
+            raise UserError(
+                f"train.per_device_train_batch_size: the global batch of {self.global_batch} images is larger than the "
+                f"{rows} training images"
+            )
+        check_mixing(self.recipe.data.augment, args.per_device_train_batch_size)
         self.total_steps = args.max_steps or max(1, round(args.num_train_epochs * self.steps_per_epoch))
 
     def _build(self) -> None:
@@ -228,7 +233,7 @@ class DistillTrainer:
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimiser step over the micro-batches of a global batch."""
         step = self.state.global_step
-        self.schedule.set(step)
+        self.learning_rate = self.schedule.set(step)
         weights = self.weights(step)
         self.module.train()
         for micro in range(self.args.gradient_accumulation_steps):
@@ -266,7 +271,7 @@ class DistillTrainer:
         if len(self.corrupt) > self.recipe.data.max_corrupt:
             raise UserError(
                 f"more than data.max_corrupt = {self.recipe.data.max_corrupt} unreadable training images, "
-                f"the last in row {max(new)} of {self.train_source.describe()}"
+                f"the last in row {max(new)} of {self.train_source.describe()}; mend the data or raise the limit"
             )
 
     # ---------------------------------------------------------------------------------- gate, evaluation
@@ -326,7 +331,7 @@ class DistillTrainer:
             return stopping
         assert self.progress is not None
         rate = self.progress.rate(step)
-        values = {**means, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": rate}
+        values = {**means, "lr": self.learning_rate, "images_per_second": rate}
         values |= {f"weight/{name}": weight for name, weight in self.weights(step - 1).items()}
         if self.corrupt:
             values["corrupt_images"] = len(self.corrupt)

@@ -303,6 +303,7 @@ def test_mistakes_of_eval(folder, complaint, argv, wanted):
     ("argv", "wanted"),
     [
         ([], ["which recipe?"]),
+        (["recipe.yaml", "--processes", "0"], ["--processes", "1 or more"]),
         (["recipe.yaml", "methods.mgd.teacher_tap=block:3"], ["tap 'block:3'", "stage:1"]),
         (["recipe.yaml", "teacher.recipe=other.yaml", "teacher.model="], ["no recipe 'other.yaml'"]),
     ],

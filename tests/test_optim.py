@@ -203,8 +203,17 @@ def test_layers_keep_their_share_of_the_rate():
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-def test_a_run_of_one_step(kind):
+def test_a_run_of_one_step(kind, caplog):
     assert rates(config(lr_scheduler_type=kind), steps=1) == [0.1]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [14, 24, 26])
+def test_a_part_of_an_epoch_at_the_end_is_still_trained(kind, steps):
+    values = rates(config(lr_scheduler_type=kind, lr_schedule_on="epoch"), steps=steps)
+    assert min(values) > 0
+    assert values == sorted(values, reverse=True)
 
 
 def test_the_rate_a_network_is_trained_with():

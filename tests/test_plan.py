@@ -86,6 +86,13 @@ def test_the_command_prints_text_json_or_the_schema(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("classes", "assumed"), [(10, False), (None, True)])
+def test_a_head_that_only_the_data_knows_is_pointed_out(tmp_path, classes, assumed):
+    plan = plan_recipe(recipe(tmp_path, {"student": {"num_classes": classes}}))
+    assert plan["networks"]["student"]["classes"] == (classes or 1000)
+    assert ("1000 classes assumed" in describe(plan)) is assumed
+
+
 def test_a_teacher_that_is_trained_first_is_planned_as_its_recipe_says(capsys):
     plan = plan_recipe(load_recipe(ROOT / "recipes" / "quickstart.yaml"))
     assert plan["networks"]["teacher"]["model"] == "test_resnet"

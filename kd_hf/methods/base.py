@@ -23,7 +23,7 @@ from kd_hf.models.info import ModelInfo, Shapes
 class MethodConfig(BaseModel):
     """Options of a method; subclasses add fields with the paper's values as defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,10 @@ from kd_hf.models.info import ModelInfo, Shapes
 from kd_hf.models.parts import AFTER, final_tap, last_stage_entry
 
 Stage = Literal["s3", "s4"]
-Pair = tuple[float, float]
+Factor = Annotated[float, Field(ge=0)]
+Scale = Annotated[float, Field(gt=0)]
+Pair = tuple[Factor, Factor]
+Scales = Scale | tuple[Scale, Scale]
 VIEWS = ("spatial", "alternative")
 # names of the losses by stage and view, as the official code logs them
 _LOSS = {"spatial": "{}", "alternative": "{}_alt"}
@@ -70,7 +73,7 @@ class ScaleKD(Method):
         nothing else is not built."""
         heads: int | dict[Stage, int] | None = None
         """Attention heads of the projectors; by default one per 64 channels of the teacher, as for Swin-B."""
-        softmax_scale: float | Pair | dict[Stage, float | Pair] = 5.0
+        softmax_scale: Scales | dict[Stage, Scales] = 5.0
         """σ: factor on the usual scale of attention, for both views or each, for both stages or each. The authors take
         5 for Swin teachers (1 for a ConvNeXt or Swin student), 0.2 to 1 for BEiT."""
         norm: Literal["batch", "layer"] = "batch"
@@ -85,11 +88,11 @@ class ScaleKD(Method):
                 raise ValueError("name a tap for s3, s4 or both")
             return taps
 
-        def alphas(self, stage: Stage) -> Pair:
+        def alphas(self, stage: Stage) -> tuple[float, float]:
             """(α_0, α_1) of a stage; (0, 0) for one that a mapping leaves out."""
             return self.alpha.get(stage, (0.0, 0.0)) if isinstance(self.alpha, dict) else self.alpha
 
-        def scales(self, stage: Stage) -> Pair:
+        def scales(self, stage: Stage) -> tuple[float, float]:
             """σ of the spatial and the alternative view of a stage."""
             scale = self.softmax_scale.get(stage, 5.0) if isinstance(self.softmax_scale, dict) else self.softmax_scale
             return scale if isinstance(scale, tuple) else (scale, scale)

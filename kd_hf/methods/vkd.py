@@ -77,7 +77,7 @@ class VkD(Method):
         teacher_tap: str | None = None
         """The teacher's feature; by default likewise."""
         map: Map = "auto"
-        """How W is parametrised: `householder`, `matrix_exp`, `qr`, or as PyTorch chooses (see OrthogonalProjection)."""
+        """How W is parametrised: see OrthogonalProjection; `auto` is PyTorch's choice."""
         truncated_signs: bool = False
         """Truncate the diagonal of the Householder parameter, as the released code: W dies under weight decay."""
         normalise: Literal["layer_norm", "standardise", "whiten", "none"] = "layer_norm"

@@ -1,0 +1,64 @@
+"""What the README says is so: its recipes are valid, its table is current, its method works as printed."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from kd_hf.config import Recipe
+from kd_hf.recipe import load_recipe
+from kd_hf.testing import check_method
+from tests.readme_methods import README, with_table
+from tests.runs import ROOT
+
+TEXT = README.read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_table_of_methods_is_current():
+    assert with_table(TEXT) == TEXT, "run python -m tests.readme_methods"
+
+
+def test_recipes_are_valid_and_short(tmp_path):
+    texts = blocks("yaml")
+    assert len(texts) == 2
+    for text in texts:
+        (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
+        assert len(text.splitlines()) < 20
+    student = load_recipe(tmp_path / "student.yaml")
+    assert isinstance(student, Recipe)
+    assert student.teacher is not None and student.teacher.recipe == str(tmp_path / "teacher.yaml")
+    load_recipe(student.teacher.recipe)
+
+
+def test_method_of_the_readme_passes_the_conformance_test():
+    namespace: dict = {}
+    exec(blocks("python")[0], namespace)
+    check_method(namespace["PooledL1"])
+
+
+def test_files_that_are_named_exist():
+    names = set(re.findall(r"\]\(([\w./]+)\)", TEXT)) | set(re.findall(r"(?:recipes|accelerate_configs)/\w+\.yaml", TEXT))
+    assert {"recipes/quickstart.yaml", "recipes/quickstart.png"} <= names
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_recipes_of_the_project_are_valid():
+    files = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_recipe(file)
+        header = file.read_text(encoding="utf-8").split("\nbase:")[0]
+        assert f"python -m kd_hf.train recipes/{file.name}" in header
+
+
+def test_launcher_configurations_parse():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for file in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
+        config = load_config_from_file(str(file))
+        assert config.num_processes == yaml.safe_load(file.read_text())["num_processes"]
