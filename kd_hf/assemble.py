@@ -16,7 +16,8 @@ from kd_hf.errors import UserError
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
 from kd_hf.models.load import load_model
-from kd_hf.models.taps import TappedModel, resolve_tap, tap_shapes
+from kd_hf.models.parts import live_part
+from kd_hf.models.taps import TappedModel, tap_shapes
 
 
 @dataclass
@@ -82,15 +83,6 @@ def assemble(recipe: Recipe, num_classes: int | None = None, device: str | torch
         enable_checkpointing(student.network)
     module = DistillModule(tapped, methods, choices)
     return Assembly(recipe, student, teachers, tapped_teachers, choices, module, shapes)
-
-
-def live_part(handle: ModelHandle, part: str) -> nn.Module:
-    """A module of a teacher that a method runs itself: ``head`` (the classifier), or the module behind a tap."""
-    if part != "head":
-        return handle.network.get_submodule(resolve_tap(handle.info, part).path)
-    if handle.info.head is None:
-        raise UserError(f"teacher {handle.info.name} has no classifier that could be used apart")
-    return handle.network.get_submodule(handle.info.head)
 
 
 def enable_checkpointing(network: nn.Module) -> None:

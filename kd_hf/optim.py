@@ -94,7 +94,7 @@ class LrSchedule:
         self.scheduler = _SCHEDULERS[cfg.lr_scheduler_type](optimizer, cfg, length, milestones, common)
 
     def set(self, step: int) -> float:
-        """Set the rate for the step about to be taken; returns that of the first group."""
+        """Set the rate for the step about to be taken; returns it as it is without layer decay."""
         self.scheduler.step_update(step // self.unit)
         first = self.optimizer.param_groups[0]
         return float(first["lr"] / first.get("lr_scale", 1.0))

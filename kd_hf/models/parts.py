@@ -85,14 +85,16 @@ def live_part(handle: ModelHandle, part: str) -> nn.Module:
 
 def _tail(handle: ModelHandle, tap: str) -> Tail:
     info, network = handle.info, handle.network
-    family = _family(handle)
     point = resolve_tap(info, tap)
     kind = tap.partition(":")[0]
     levels = {"stage": tuple(stage.path for stage in info.stages), "block": info.blocks}.get(kind, ())
-    if family not in _CHAINS or point.path not in levels[:-1]:
+    if point.path not in levels[:-1]:
+        raise UserError(f"part '{AFTER}{tap}' of {info.name}: expected a stage or block before the last one")
+    family = _family(handle)
+    if family not in _CHAINS:
         raise UserError(
-            f"{info.name} ({family}) cannot be cut after '{tap}': that takes a stage or block before the last one, "
-            f"in one of these families: {', '.join(sorted(_CHAINS))}"
+            f"part '{AFTER}{tap}': {info.name} ({family}) cannot run from the middle; a teacher of one of these "
+            f"families can: {', '.join(sorted(_CHAINS))}"
         )
     layout = "NLC" if kind == "block" else info.stages[0].layout
     if family in _MERGE_AT_THE_END:

@@ -7,11 +7,11 @@ without Xet. Point a subprocess at it with :meth:`HubServer.environment`; the cl
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +185,7 @@ class HubServer(ThreadingHTTPServer):
         self.users = users or {}
         self.faults: list[Fault] = []
         self.log: list[Request] = []
+        self.errors: list[BaseException] = []
         self.lock = threading.RLock()
 
     @property
@@ -201,7 +202,7 @@ class HubServer(ThreadingHTTPServer):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_OFFLINE": "0",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             **({"HF_TOKEN": token} if token else {}),
         }
 
@@ -225,12 +226,15 @@ class HubServer(ThreadingHTTPServer):
         return [request for request in self.log if re.search(pattern, f"{request.method} {request.path}")]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep quiet about clients that hang up; a fault of the handler itself is answered with 599."""
+        """Keep defects of the handler for :func:`serve` to raise; clients may hang up."""
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, ConnectionError):
+            self.errors.append(error)
 
 
 @contextmanager
 def serve(root: Path, users: dict[str, User] | None = None) -> Iterator[HubServer]:
-    """Run a server in a thread."""
+    """Run a server in a thread; a defect of the server itself is raised at the end."""
     server = HubServer(root, users)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -240,6 +244,8 @@ def serve(root: Path, users: dict[str, User] | None = None) -> Iterator[HubServe
         server.shutdown()
         server.server_close()
         thread.join()
+    if server.errors:
+        raise server.errors[0]
 
 
 _API = r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
@@ -327,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any) -> Answer:
         return Answer(body=json.dumps(value).encode(), headers={"Content-Type": "application/json"})
 
-    @functools.cached_property
+    @property
     def payload(self) -> Any:
         """The request's JSON."""
         return json.loads(self.body or b"{}")
@@ -346,10 +352,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _repo(self, kind: str, name: str) -> dict[str, Any]:
         """The repository; one that may not be seen is answered like one that does not exist."""
-        repo = self.server.store.repo(kind, name)
+        user, repo = self._user(), self.server.store.repo(kind, name)
         if repo is None or (repo["private"] and not self._member(name)):
-            status, text = (401, "Invalid username or password.") if self._user() is None else (404, "")
-            raise Refusal(status, "RepoNotFound", text or "Repository not found")
+            if user is None:
+                raise Refusal(401, "RepoNotFound", "Invalid username or password.")
+            raise Refusal(404, "RepoNotFound", "Repository not found")
         return repo
 
     def _demand_write(self, name: str) -> None:
@@ -533,9 +540,9 @@ class Handler(BaseHTTPRequestHandler):
         if not entry["pointer"]:
             answer = self._content(entry["sha256"])
             return Answer(answer.status, answer.body, answer.headers | headers)
-        # as on the real Hub, large files come from another address that asks for no token
+        # as on the real Hub, large files come from another host that asks for no token
         linked = {"X-Linked-Etag": f'"{entry["sha256"]}"', "X-Linked-Size": str(entry["size"])}
-        where = f"{self.server.url}/cdn/{entry['sha256']}?repo={quote(name)}&file={quote(path)}"
+        where = f"http://localhost:{self.server.server_port}/cdn/{entry['sha256']}?repo={quote(name)}&file={quote(path)}"
         return Answer(302, b"", headers | linked | {"Location": where})
 
     def _cdn(self, sha: str) -> Answer:

@@ -1,5 +1,6 @@
 import hashlib
 import http.client
+import os
 import re
 import time
 
@@ -78,8 +79,8 @@ def test_upload_and_download(hub, repo):
     assert download(hub, repo, "data/large.bin") == LARGE
     info = api(hub).model_info(repo)
     assert [sibling.rfilename for sibling in info.siblings] == ["data/large.bin", "small.txt"] and not info.private
-    folder = snapshot_download(repo, endpoint=hub.url, token=False, allow_patterns=["*.txt"])
-    assert folder.endswith(info.sha) and not list(__import__("pathlib").Path(folder).glob("data"))
+    folder = snapshot_download(repo, endpoint=hub.url, token=False)
+    assert folder.endswith(info.sha) and sorted(os.listdir(folder)) == ["data", "small.txt"]
 
 
 def test_lists_of_files(hub, repo):
@@ -99,8 +100,8 @@ def test_commits_branches_and_tags(hub, repo):
     first = client.model_info(repo).sha
     client.create_tag(repo, tag="v1")
     client.create_branch(repo, branch="try/it")
-    operations = [CommitOperationAdd("small.txt", b"two"), CommitOperationDelete("data/", is_folder=True)]
-    second = client.create_commit(repo, operations, commit_message="second", revision="try/it").oid
+    change = [CommitOperationAdd("small.txt", b"two"), CommitOperationDelete("data/", is_folder=True)]
+    second = client.create_commit(repo, change, commit_message="second", revision="try/it").oid
     assert client.model_info(repo, revision="try/it").sha == second != first == client.model_info(repo).sha
     assert client.list_repo_files(repo, revision="try/it") == ["small.txt"]
     for revision, text in (("main", b"one"), ("v1", b"one"), (first, b"one"), ("try/it", b"two"), (second, b"two")):
@@ -109,7 +110,7 @@ def test_commits_branches_and_tags(hub, repo):
     assert {ref.name: ref.target_commit for ref in refs.branches} == {"main": first, "try/it": second}
     assert [ref.name for ref in refs.tags] == ["v1"]
     with pytest.raises(HfHubHTTPError) as caught:
-        client.create_commit(repo, operations, commit_message="late", revision="try/it", parent_commit=first)
+        client.create_commit(repo, change[1:], commit_message="late", revision="try/it", parent_commit=first)
     assert caught.value.response.status_code == 412
 
 
@@ -197,13 +198,15 @@ def test_forms_of_a_range(hub, repo, wanted, status, body):
     connection.close()
 
 
-def test_clients_outlive_passing_faults(hub, repo):
-    hub.fail("status", "^HEAD .*/small.txt", status=429, retry_after=0)
+def test_clients_outlive_passing_faults(hub, repo, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    hub.fail("status", "^GET .*/small.txt", status=429, retry_after=0)
+    assert download(hub, repo, "small.txt") == b"one"
     hub.fail("drop", "^GET /cdn/.*large")
     assert download(hub, repo, "data/large.bin") == LARGE
     ranges = [line.range for line in hub.requests("^GET /cdn/")]
     assert ranges[0] is None and re.fullmatch(r"bytes=\d+-", ranges[1])  # resumed, not begun again
-    assert hub.faults[1].times == 0
+    assert all(fault.times == 0 for fault in hub.faults)
     files = HfFileSystem(endpoint=hub.url, token=False, skip_instance_cache=True)
     hub.fail("status", "^GET /cdn/", status=500)
     assert files.cat_file(f"{repo}/data/large.bin", start=10, end=20) == LARGE[10:20]
@@ -219,8 +222,6 @@ def test_faults_the_client_sees(hub, repo):
     start = time.monotonic()
     download(hub, repo, "small.txt", force_download=True)
     assert time.monotonic() - start >= 0.09  # three bytes, three pieces
-    hub.fail("corrupt", "^PUT /lfs/", times=0)
-    assert hub.take_fault("PUT /lfs/1") is None
 
 
 def test_a_wrong_checksum_is_refused(hub):

@@ -102,11 +102,11 @@ def test_parts_are_the_teachers_own_modules():
     [
         ("resnet18", {}, "tail", r"part 'tail' does not exist; known: head, after:TAP"),
         ("resnet18", {}, "after:stage:9", r"tap 'stage:9' does not exist in resnet18"),
-        ("resnet18", {}, "after:stage:-1", r"a stage or block before the last one"),
-        ("resnet18", {}, "after:module:layer3", r"cannot be cut after 'module:layer3'"),
-        ("beit_base_patch16_224", VIT, "after:block:1", r"\(Beit\) cannot be cut.*VisionTransformer"),
-        ("eva02_tiny_patch14_224", VIT, "after:block:1", r"\(Eva\) cannot be cut"),
-        ("mobilenetv3_small_050", {}, "after:stage:-2", r"cannot be cut after 'stage:-2'"),
+        ("resnet18", {}, "after:stage:-1", r"'after:stage:-1' of resnet18: expected a stage or block before"),
+        ("resnet18", {}, "after:module:layer3", r"'after:module:layer3' of resnet18: expected a stage"),
+        ("beit_base_patch16_224", VIT, "after:block:1", r"\(Beit\) cannot run from the middle.*VisionTransformer"),
+        ("eva02_tiny_patch14_224", VIT, "after:block:1", r"\(Eva\) cannot run from the middle"),
+        ("mobilenetv3_small_050", {}, "after:stage:-2", r"\(MobileNetV3\) cannot run from the middle"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_the_reason(name, kwargs, part, message):
