@@ -37,6 +37,12 @@ class Assembly:
         handles = {"student": self.student, **self.teachers}
         return {name: view_of(handle.info, self.config_of(name), self.recipe) for name, handle in handles.items()}
 
+    def check_data(self, num_classes: int, described: str) -> None:
+        """Raise :class:`UserError` when the student's head does not fit the data's labels."""
+        own = self.student.info.num_classes
+        if own != num_classes:
+            raise UserError(f"student.num_classes is {own}, but {described} has {num_classes} classes")
+
     def config_of(self, name: str) -> ModelConfig:
         """The recipe's block of a network."""
         return self.recipe.student if name == "student" else self.recipe.all_teachers()[name]

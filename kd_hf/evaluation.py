@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -12,15 +10,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kd_hf.callbacks import watched
+from kd_hf.config import Recipe, TrainConfig
 from kd_hf.data.loader import eval_loader
 from kd_hf.data.source import Source
 from kd_hf.data.views import DeviceStage
 from kd_hf.metrics import ClassificationMeter
 from kd_hf.models.info import Preprocessing
 from kd_hf.teacher import GateResult, Teacher
-
-if TYPE_CHECKING:
-    from kd_hf.trainer import DistillTrainer
 
 Predict = Callable[[Tensor], Tensor]  # normalised images [B, 3, H, W] → logits [B, K]
 
@@ -49,7 +45,7 @@ def measure(
         workers: loader processes.
         max_samples: stop after so many images of the set (taken evenly from all of it).
         reference: the model that agreement is measured against.
-        known: the reference's first choices per batch from an earlier call; filled when empty, read when not.
+        known: the reference's first choices per batch, filled when it is among `models` and read when it is not.
         progress: show a bar.
     """
     stage = DeviceStage(views, source.num_classes)
@@ -67,14 +63,12 @@ def measure(
     for index, batch in enumerate(tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden)):
         batch = batch.to(accelerator.device)
         pixels, _ = stage(batch)
-        chosen = known[index] if known and index < len(known) else None
-        if reference is not None and chosen is None:
-            chosen = models[reference](pixels[reference]).argmax(1)
-            if known is not None:
-                known.append(chosen)
-        for name, predict in models.items():
-            against = None if name == reference else chosen
-            meters[name].update(predict(pixels[name]), batch.label, batch.valid, against)
+        logits = {name: predict(pixels[name]) for name, predict in models.items()}
+        if known is not None and reference in logits:
+            known.append(logits[reference].argmax(1))
+        chosen = known[index] if known else logits[reference].argmax(1) if reference in logits else None
+        for name, values in logits.items():
+            meters[name].update(values, batch.label, batch.valid, None if name == reference else chosen)
     return {name: meter.compute(lambda sums: accelerator.reduce(sums, "sum")) for name, meter in meters.items()}
 
 
@@ -90,58 +84,61 @@ def predictor(model: nn.Module, accelerator: Accelerator) -> Predict:
 
 
 class Evaluator:
-    """The student's evaluation during and after training; teachers are run once and remembered."""
+    """A student's evaluation during and after training; teachers are run once and remembered.
 
-    def __init__(self, trainer: DistillTrainer) -> None:
-        self.trainer = trainer
+    Args:
+        students: ``student`` is what will be exported; others (``raw``, ``ema``) are measured beside it.
+        view: what the students are shown.
+        teachers: by name; the first whose classes are the data's is what agreement is measured against.
+        source: the images.
+        accelerator: gives device and ranks.
+        recipe: the run.
+    """
+
+    def __init__(
+        self,
+        students: Mapping[str, nn.Module],
+        view: Preprocessing,
+        teachers: Mapping[str, Teacher],
+        source: Source,
+        accelerator: Accelerator,
+        recipe: Recipe,
+    ) -> None:
+        self.students = {name: predictor(model, accelerator) for name, model in students.items()}
+        self.view = view
+        wanted = teachers if recipe.eval.teacher else {}
+        self.teachers = {name: t for name, t in wanted.items() if t.info.num_classes == source.num_classes}
+        self.source, self.accelerator, self.recipe = source, accelerator, recipe
         self._teacher_choices: list[Tensor] = []
         self._teacher_values: dict[str, dict[str, float]] = {}
 
     def __call__(self) -> dict[str, float]:
-        """Top-1 and so on of the weights that will be exported; ``raw_…`` or ``ema_…`` for the other ones."""
-        trainer = self.trainer
-        models, views = self._students(), {}
-        for name in models:
-            views[name] = trainer.parts.student.info.preprocessing
-        teachers = self._teachers_to_run()
-        for name, teacher in teachers.items():
-            models[name], views[name] = teacher_predictor(teacher), teacher.info.preprocessing
+        """Top-1 and so on of the student, ``raw_top1`` or ``ema_top1`` beside it, and ``<teacher>_top1``."""
+        new = {name: teacher for name, teacher in self.teachers.items() if name not in self._teacher_values}
+        models = {**self.students, **{name: teacher_predictor(teacher) for name, teacher in new.items()}}
+        views = dict.fromkeys(self.students, self.view)
+        views |= {name: teacher.info.preprocessing for name, teacher in new.items()}
+        reference = next(iter(self.teachers), None)
         values = measure(
             models,
             views,
-            trainer.eval_source,
-            trainer.accelerator,
-            batch_size=trainer.args.per_device_eval_batch_size or trainer.args.per_device_train_batch_size,
-            workers=trainer.args.dataloader_num_workers,
-            max_samples=trainer.recipe.eval.max_samples,
-            reference=self._reference,
-            known=self._teacher_choices if self._reference else None,
-            progress=trainer.accelerator.is_main_process and not trainer.args.disable_tqdm,
+            self.source,
+            self.accelerator,
+            batch_size=eval_batch_size(self.recipe.train),
+            workers=self.recipe.train.dataloader_num_workers,
+            max_samples=self.recipe.eval.max_samples,
+            reference=reference,
+            known=self._teacher_choices if reference else None,
+            progress=self.accelerator.is_main_process and not self.recipe.train.disable_tqdm,
         )
-        self._teacher_values |= {name: values[name] for name in teachers}
-        metrics = dict(values["student"])
-        metrics |= {f"{name}_top1": v["top1"] for name, v in values.items() if name in ("raw", "ema") and "top1" in v}
-        metrics |= {f"{name}_top1": v["top1"] for name, v in self._teacher_values.items() if "top1" in v}
-        return metrics
+        self._teacher_values |= {name: values[name] for name in new}
+        beside = {name: values[name] for name in self.students if name != "student"} | self._teacher_values
+        return values["student"] | {f"{name}_top1": found["top1"] for name, found in beside.items() if "top1" in found}
 
-    @property
-    def _reference(self) -> str | None:
-        names = list(self.trainer.teachers)
-        return names[0] if names and self.trainer.recipe.eval.teacher else None
 
-    def _students(self) -> dict[str, Predict]:
-        trainer = self.trainer
-        raw = predictor(trainer.plain_module.student, trainer.accelerator)
-        if trainer.ema is None or trainer.args.ema is None:
-            return {"student": raw}
-        average = predictor(trainer.ema.module, trainer.accelerator)
-        return {"student": average, "raw": raw} if trainer.args.ema.export else {"student": raw, "ema": average}
-
-    def _teachers_to_run(self) -> dict[str, Teacher]:
-        trainer = self.trainer
-        if not trainer.recipe.eval.teacher:
-            return {}
-        return {name: t for name, t in trainer.teachers.items() if name not in self._teacher_values}
+def eval_batch_size(cfg: TrainConfig) -> int:
+    """Images per process when nothing is trained."""
+    return cfg.per_device_eval_batch_size or cfg.per_device_train_batch_size
 
 
 def teacher_predictor(teacher: Teacher) -> Predict:
@@ -149,29 +146,40 @@ def teacher_predictor(teacher: Teacher) -> Predict:
     return lambda pixels: teacher(pixels).logits
 
 
-def measure_teachers(trainer: DistillTrainer, teachers: Mapping[str, Teacher]) -> list[GateResult]:
-    """Measure teachers on held-out images in their own preprocessing and at the size training feeds them."""
-    fed = trainer.parts.views()
+def measure_teachers(
+    teachers: Mapping[str, Teacher],
+    fed: Mapping[str, Preprocessing],
+    source: Source,
+    accelerator: Accelerator,
+    cfg: TrainConfig,
+) -> list[GateResult]:
+    """Measure teachers on held-out images in their own preprocessing and as training feeds them.
+
+    Args:
+        teachers: by name.
+        fed: their training views, by the same names.
+        source: held-out images.
+        accelerator: gives device and ranks.
+        cfg: the recipe's `train` block.
+    """
     results = []
     for name, teacher in teachers.items():
-        if teacher.info.num_classes != trainer.eval_source.num_classes:
+        if teacher.info.num_classes != source.num_classes:
             continue  # its classes are not the data's: there is no accuracy to measure
         own = teacher.info.native or teacher.info.preprocessing
-        predict = teacher_predictor(teacher)
-        views = {"own": own, "fed": replace(teacher.info.preprocessing, image_size=fed[name].image_size)}
-        same = views["own"] == views["fed"]
+        views = {"own": own} if own == fed[name] else {"own": own, "fed": fed[name]}
         values = measure(
-            dict.fromkeys(["own"] if same else views, predict),
-            {key: view for key, view in views.items() if key == "own" or not same},
-            trainer.eval_source,
-            trainer.accelerator,
-            batch_size=trainer.args.per_device_eval_batch_size or trainer.args.per_device_train_batch_size,
-            workers=trainer.args.dataloader_num_workers,
+            {key: teacher_predictor(teacher) for key in views},
+            views,
+            source,
+            accelerator,
+            batch_size=eval_batch_size(cfg),
+            workers=cfg.dataloader_num_workers,
             max_samples=teacher.cfg.gate.samples,
         )
         top1 = {key: value["top1"] for key, value in values.items() if "top1" in value}
         if "own" in top1:
             samples = int(values["own"]["samples"])
-            sizes = (own.image_size, views["fed"].image_size)
+            sizes = (own.image_size, fed[name].image_size)
             results.append(GateResult(name, samples, top1["own"], top1.get("fed", top1["own"]), *sizes))
     return results

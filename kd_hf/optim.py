@@ -1,4 +1,4 @@
-"""Parameter groups, optimiser and learning-rate schedule, all through timm's factories."""
+"""What moves the weights: parameter groups, optimiser, learning-rate schedule and average, all by timm."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from timm.optim import (
 )
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from kd_hf.config import TrainConfig
+from kd_hf.config import EmaConfig, TrainConfig
 from kd_hf.distill import DistillModule
 from kd_hf.errors import UserError, nearest
 
@@ -66,6 +67,11 @@ def _plain_groups(network: nn.Module, cfg: TrainConfig) -> list[dict[str, Any]]:
 def _exempt(network: nn.Module) -> tuple[str, ...]:
     names = getattr(network, "no_weight_decay", None)
     return tuple(names()) if callable(names) else ()
+
+
+def build_average(student: nn.Module, cfg: EmaConfig) -> ModelEmaV3:
+    """The moving average of a student's weights, by timm."""
+    return ModelEmaV3(student, decay=cfg.decay, use_warmup=cfg.warmup, exclude_buffers=cfg.buffers == "copy")
 
 
 class LrSchedule:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from kd_hf.config import Recipe
     from kd_hf.distill import Choice
     from kd_hf.methods.base import Method
-    from kd_hf.trainer import DistillTrainer
 
 
 def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
@@ -124,18 +123,16 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def announce(trainer: DistillTrainer) -> list[str]:
+def announce(parts: Assembly, data: str, steps: str) -> list[str]:
     """The first lines of a run: what will be trained, on what, for how long."""
-    parts, args = trainer.parts, trainer.args
+    train = parts.recipe.train
     networks = {"student": parts.student.info, **{name: handle.info for name, handle in parts.teachers.items()}}
-    losses = ", ".join(choice.name for choice in parts.choices)
     return [
         *(f"{name:8} {info.name} ({info.parameters / 1e6:.2f} M parameters)" for name, info in networks.items()),
-        f"losses   {losses}",
-        f"data     {trainer.train_source.describe()}",
-        f"steps    {trainer.total_steps} of {trainer.global_batch} images, {trainer.steps_per_epoch} an epoch; "
-        f"{args.optim} at {args.learning_rate:g}; {trainer.accelerator.num_processes} process(es) on {trainer.device}",
-        f"folder   {trainer.run.path}",
+        f"losses   {', '.join(choice.name for choice in parts.choices)}",
+        f"data     {data}",
+        f"steps    {steps}; {train.optim} at {train.learning_rate:g}",
+        f"folder   {train.output_dir}",
     ]
 
 

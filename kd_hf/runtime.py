@@ -27,6 +27,8 @@ def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Acce
     use_cpu = cfg.use_cpu or not torch.accelerator.is_available()
     if cfg.fp16 and use_cpu:
         raise UserError("train.fp16 needs a GPU; on a CPU use train.bf16 or neither")
+    if cfg.sync_batchnorm and use_cpu:
+        raise UserError("train.sync_batchnorm needs GPUs; leave it out on a CPU")
     _check_trackers(cfg.report_to)
     # a second run in one process (teacher, then student) starts from a clean state
     AcceleratorState._reset_state(reset_partial_state=False)

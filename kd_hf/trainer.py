@@ -11,23 +11,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from kd_hf import checkpoint as ckpt
 from kd_hf.assemble import Assembly, assemble
 from kd_hf.callbacks import CallbackList, JsonLines, Progress, TrainerControl, TrainerState, read_log
-from kd_hf.config import EmaConfig, Recipe
+from kd_hf.config import Recipe
+from kd_hf.data.batch import Batch
 from kd_hf.data.draws import Draws
-from kd_hf.data.loader import Batch, train_loader
+from kd_hf.data.loader import train_loader
 from kd_hf.data.mix import check_mixing
 from kd_hf.data.source import Source, open_source
 from kd_hf.data.views import DeviceStage
-from kd_hf.distill import DistillModule
 from kd_hf.errors import UserError
 from kd_hf.evaluation import Evaluator, measure_teachers
 from kd_hf.hub import save_student
-from kd_hf.optim import LrSchedule, build_optimizer
+from kd_hf.optim import LrSchedule, build_average, build_optimizer
 from kd_hf.plan import announce
 from kd_hf.recipe import RESOLVED, dump_recipe, flat
 from kd_hf.run import RunFolder
@@ -72,7 +71,7 @@ class DistillTrainer:
         self.train_source = train_source or open_source(recipe.data, "train", self.args.seed)
         self.eval_source = eval_source or open_source(recipe.data, "eval", self.args.seed)
         self.parts: Assembly = assemble(recipe, self.train_source.num_classes)
-        _check_classes(self.parts, self.train_source)
+        self.parts.check_data(self.train_source.num_classes, self.train_source.describe())
         pauses = any(choice.may_pause for choice in self.parts.choices) or "task" not in self.parts.module.choices
         self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=pauses)
         self.device = self.accelerator.device
@@ -128,13 +127,25 @@ class DistillTrainer:
         if args.sync_batchnorm and self.accelerator.num_processes > 1:
             module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
         module.to(self.device)
-        self.ema = _build_ema(args.ema, module) if args.ema else None
+        self.ema = build_average(module.student, args.ema) if args.ema else None
         self.plain_module = module
         self.module, self.optimizer = self.accelerator.prepare(module, build_optimizer(module, args))
         self.schedule = LrSchedule(self.optimizer.optimizer, args, self.total_steps, self.steps_per_epoch)
         self.stage = DeviceStage(self.parts.views(), self.parts.student.info.num_classes)
-        self.evaluator = Evaluator(self)
+        view = self.parts.student.info.preprocessing
+        self.evaluator = Evaluator(
+            self._students(), view, self.teachers, self.eval_source, self.accelerator, self.recipe
+        )
         self.window = LossWindow()
+
+    def _students(self) -> dict[str, torch.nn.Module]:
+        """What evaluation measures: ``student`` holds the weights that are exported."""
+        raw = self.plain_module.student
+        if self.ema is None or self.args.ema is None:
+            return {"student": raw}
+        if self.args.ema.export:
+            return {"student": self.ema.module, "raw": raw}
+        return {"student": raw, "ema": self.ema.module}
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -281,7 +292,7 @@ class DistillTrainer:
         gated = {name: t for name, t in self.teachers.items() if t.cfg.gate.enabled}
         for name, teacher in gated.items():
             check_label_order(name, teacher.handle, self.train_source.class_names)
-        for result in measure_teachers(self, gated):
+        for result in measure_teachers(gated, self.parts.views(), self.eval_source, self.accelerator, self.args):
             self.say(result.describe())
             warning = result.warning()
             if warning:
@@ -404,15 +415,17 @@ class DistillTrainer:
         if first_bad is not None:
             self._stop_on_non_finite(*first_bad)
         if self.accelerator.is_main_process:
-            tensors = {"module": self.plain_module.state_dict()}
-            if self.ema is not None:
-                tensors["ema"] = self.ema.module.state_dict()
             objects = {"optimizer": self.optimizer.state_dict()}
             if self.accelerator.scaler is not None:
                 objects["scaler"] = self.accelerator.scaler.state_dict()
-            self.run.save_checkpoint(self._checkpoint_state(), tensors, objects)
+            self.run.save_checkpoint(self._checkpoint_state(), self._tensors(), objects)
         self.accelerator.wait_for_everyone()
         self.callbacks.call("on_save", self.state, self.control)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts of a checkpoint by file: all that is trained, and the student's average."""
+        average = {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
+        return {"module": self.plain_module.state_dict(), **average}
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {
@@ -434,7 +447,9 @@ class DistillTrainer:
             self.state.log_history = read_log(self.run.path)
         if self.args.report_to:
             self.accelerator.init_trackers("kd_hf", config=flat(self.recipe.model_dump(mode="json")))
-        for line in announce(self):
+        where = f"{self.accelerator.num_processes} process(es) on {self.device}"
+        steps = f"{self.total_steps} of {self.global_batch} images, {self.steps_per_epoch} an epoch; {where}"
+        for line in announce(self.parts, self.train_source.describe(), steps):
             self.say(line)
         models = {"student": self.parts.student, **self.parts.teachers}
         self._write({"step": start, "models": {n: [h.info.name, h.info.parameters] for n, h in models.items()}})
@@ -466,15 +481,12 @@ class DistillTrainer:
 
     def _export_weights(self) -> dict[str, Tensor]:
         """The bare network's state dict: of the best evaluation or the last step, averaged or raw."""
-        averaged = self.ema is not None and self.args.ema is not None and self.args.ema.export
+        averaged = self.args.ema is not None and self.args.ema.export
+        name, prefix = ("ema", "network.") if averaged else ("module", "student.network.")
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            best = self.run.checkpoint_of(self.state.best_global_step)
-            tensors = ckpt.load_tensors(best, "ema" if averaged else "module")
-        elif averaged:
-            tensors = self.ema.module.state_dict()  # type: ignore[union-attr]
+            tensors = ckpt.load_tensors(self.run.checkpoint_of(self.state.best_global_step), name)
         else:
-            tensors = self.plain_module.state_dict()
-        prefix = "network." if averaged else "student.network."
+            tensors = self._tensors()[name]
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     def _output(self, stopped_by: str = "") -> TrainOutput:
@@ -483,19 +495,6 @@ class DistillTrainer:
             metrics.update({key: value for key, value in entry.items() if key.startswith("eval_")})
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         return TrainOutput(self.state.global_step, losses[-1] if losses else math.nan, metrics, stopped_by)
-
-
-def _check_classes(parts: Assembly, source: Source) -> None:
-    """Refuse a student whose head does not fit the data's labels."""
-    if parts.student.info.num_classes != source.num_classes:
-        raise UserError(
-            f"student.num_classes is {parts.student.info.num_classes}, but {source.describe()} has "
-            f"{source.num_classes} classes"
-        )
-
-
-def _build_ema(cfg: EmaConfig, module: DistillModule) -> ModelEmaV3:
-    return ModelEmaV3(module.student, decay=cfg.decay, use_warmup=cfg.warmup, exclude_buffers=cfg.buffers == "copy")
 
 
 def _is_due(strategy: str, every: int | None, step: int, epoch_end: bool) -> bool:

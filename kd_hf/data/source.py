@@ -379,17 +379,10 @@ class StreamedSource(Source):
         return {**self.__dict__, "_cache": OrderedDict()}
 
     def _table(self, group: int, columns: Sequence[str | None]) -> pyarrow.Table:
-        import fsspec
-        import pyarrow.parquet
-
         file, index = self._groups[group]
-        try:
-            with fsspec.open(self._files[file], "rb") as handle:
-                # no threads: the pool of a forked parent does not survive in a worker
-                parquet = pyarrow.parquet.ParquetFile(handle, metadata=self._footers[file], pre_buffer=True)
-                return parquet.read_row_group(index, columns=list(columns), use_threads=False)
-        except Exception as error:
-            raise UserError(f"data.path: cannot read row group {index} of {self._files[file]}: {error}") from error
+        with _parquet(self._files[file], f"row group {index} of", self._footers[file]) as parquet:
+            # no threads: the pool of a forked parent does not survive in a worker
+            return parquet.read_row_group(index, columns=list(columns), use_threads=False)
 
     def _cached(self, group: int) -> pyarrow.Table:
         if group not in self._cache:
@@ -420,14 +413,23 @@ class StreamedSource(Source):
 
 
 def _read_footer(file: str) -> Any:
-    import fsspec
+    with _parquet(file, "the Parquet file") as parquet:
+        return parquet.metadata
+
+
+@contextmanager
+def _parquet(file: str, what: str, footer: Any = None) -> Iterator[Any]:
+    """A Parquet file, local or remote, of which only the bytes that are asked for are fetched."""
     import pyarrow.parquet
+    from fsspec.core import url_to_fs
 
     try:
-        with fsspec.open(file, "rb") as handle:
-            return pyarrow.parquet.ParquetFile(handle).metadata
+        files, path = url_to_fs(file)
+        # by default fsspec reads megabytes ahead, past the row group and the columns that are wanted
+        with files.open(path, "rb", cache_type="none") as handle:
+            yield pyarrow.parquet.ParquetFile(handle, metadata=footer, pre_buffer=True)
     except Exception as error:
-        raise UserError(f"data.path: cannot read the Parquet file {file}: {error}") from error
+        raise UserError(f"data.path: cannot read {what} {file}: {error}") from error
 
 
 # --- few labels --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from kd_hf.methods.base import Target
 from kd_hf.models.info import Preprocessing
 
 if TYPE_CHECKING:
-    from kd_hf.data.loader import Batch
+    from kd_hf.data.batch import Batch
 
 ENHANCERS: Mapping[str, Callable[[Image.Image], Any]] = {
     "brightness": ImageEnhance.Brightness,

@@ -67,7 +67,8 @@ class ScaleKD(Method):
         """Where the projected stage 3 enters the teacher (``stage:i``, ``block:i``); by default before its last stage,
         or before the last two blocks of a plain transformer."""
         teacher_tap: str | None = None
-        """What is mimicked; by default the teacher's final patch tokens, or its last map."""
+        """What is mimicked: the teacher's final patch tokens, or its last map. Another tap is possible without `s3`,
+        whose tokens come out of the teacher's end."""
         alpha: Pair | dict[Stage, Pair] = (0.08, 0.06)
         """(α_0, α_1) of the spatial and the alternative view, for both stages or each. A view with 0 that feeds
         nothing else is not built."""
@@ -126,10 +127,16 @@ class ScaleKD(Method):
         theirs = {patch_role(TARGET, target, teacher): target}
         parts: tuple[str, ...] = ()
         if "s3" in taps:
+            if target != final_tap(teacher):
+                raise UserError(
+                    f"methods.scalekd.teacher_tap: stage s3 ends in '{final_tap(teacher)}' of '{teacher.name}' "
+                    f"and cannot be compared with '{target}'; leave this key out, or name taps for s4 only"
+                )
             entry = cfg.teacher_entry or _teacher_entry(teacher)
             theirs[patch_role(ENTRY, entry, teacher)] = entry
             parts = (f"{AFTER}{entry}",)
-        if teacher.stages and cfg.teacher_entry is None and cfg.teacher_tap is None:
+        attends = cfg.projector == "cross_attention"
+        if attends and teacher.stages and cfg.teacher_entry is None and cfg.teacher_tap is None:
             widths = {"s3": teacher.stages[-2:][0].channels, "s4": teacher.stages[-1].channels}
             for stage in taps:
                 cfg.head_count(stage, widths[stage])
@@ -137,7 +144,7 @@ class ScaleKD(Method):
             student={patch_role(stage, taps[stage], student): taps[stage] for stage in sorted(taps)},
             teacher=theirs,
             parts=parts,
-            batch_coupled=cfg.norm == "batch" and cfg.projector == "cross_attention",
+            batch_coupled=attends and cfg.norm == "batch",
             cacheable=not parts,
         )
 

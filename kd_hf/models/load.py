@@ -213,21 +213,28 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
 
     explanations: dict[type[Exception], str] = {  # the first that fits counts
         errors.HFValidationError: "is neither a folder nor a valid Hub id (org/name)",
-        errors.GatedRepoError: f"is gated: accept its terms on https://huggingface.co/{repository} and `hf auth login`",
-        errors.RepositoryNotFoundError: "is neither a folder nor a repository on the Hub (if private: `hf auth login`)",
+        errors.GatedRepoError: f"is gated: accept its terms on https://huggingface.co/{repository}, then `hf auth login` "
+        "or set HF_TOKEN",
+        errors.RepositoryNotFoundError: "is neither a folder nor a repository on the Hub (a private one needs "
+        "`hf auth login` or HF_TOKEN)",
         errors.RevisionNotFoundError: f"has no revision '{revision}'",
         errors.LocalEntryNotFoundError: "is not in the cache and the Hub cannot be reached (HF_HUB_OFFLINE?); "
         f"download it where there is a network (`hf download {repository}`) or give a folder",
-        errors.HfHubHTTPError: "could not be downloaded: the Hub answered with an error",
-        ConnectionError: "could not be downloaded: no connection to the Hub",
     }
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except tuple(explanations) as error:
+    except Exception as error:  # the client lets through whatever its HTTP library raises
         # "not in the cache" is also how the client ends when the Hub answered, but with an error
         cause = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
-        text = next(text for kind, text in explanations.items() if isinstance(cause, kind))
+        text = next((text for kind, text in explanations.items() if isinstance(cause, kind)), _explain_download(cause))
         raise UserError(f"model '{repository}' {text}") from error
+
+
+def _explain_download(error: BaseException) -> str:
+    """What went wrong, for the errors that have no explanation of their own."""
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return "could not be downloaded: the Hub does not accept the token; renew HF_TOKEN, or `hf auth login`"
+    return f"could not be downloaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # building

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from torchvision import transforms as tv
 
 from kd_hf.config import AugmentConfig, CropConfig
+from kd_hf.data.batch import Batch
 from kd_hf.data.draws import Draws, generator, hash_key, seed_python
-from kd_hf.data.loader import Batch
 from kd_hf.data.mix import Box, Erasing, Mixing
 from kd_hf.data.views import (
     DeviceStage,

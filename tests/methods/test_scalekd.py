@@ -188,6 +188,10 @@ def test_networks_that_cannot_serve_are_refused_before_anything_is_built():
     assert not ScaleKD.needs(ScaleKD.Config(taps={"s4": "stage:4"}), CNN, one).parts
     with pytest.raises(UserError, match=r"methods\.scalekd\.taps: 'one' has no two stages or blocks"):
         ScaleKD.needs(ScaleKD.Config(), one, WIDER)
+    with pytest.raises(UserError, match=r"teacher_tap: stage s3 ends in 'tokens:patch' of 'bigger'.*with 'block:4'"):
+        ScaleKD.needs(ScaleKD.Config(teacher_tap="block:4"), CNN, BIGGER)
+    raw = ScaleKD.needs(ScaleKD.Config(teacher_tap="block:4", taps={"s4": "stage:4"}), CNN, BIGGER)
+    assert dict(raw.teacher) == {"target_after_1": "block:4"}
     with pytest.raises(UserError, match="needs a teacher"):
         ScaleKD.needs(ScaleKD.Config(), CNN, None)
     with pytest.raises(UserError, match=r"heads: 5 heads at s3 do not divide the teacher's 12 channels; .* is 4"):

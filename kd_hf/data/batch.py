@@ -1,0 +1,57 @@
+"""What the loader hands to the device stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kd_hf.data.mix import Erasing, Mixing
+
+
+@dataclass
+class Batch:
+    """One rank's images of one micro step, before they are normalised, erased and mixed on the device."""
+
+    views: dict[str, Tensor]
+    """uint8 ``[B, 3, S, S]`` per view."""
+    label: Tensor
+    """int64 ``[B]``; -1 where there is none."""
+    row: Tensor
+    """int64 ``[B]``: rows of the source (-1 for padding)."""
+    key: Tensor
+    """int64 ``[B]``: names the sample's random numbers."""
+    valid: Tensor
+    """bool ``[B]``: false for padding and, in evaluation, for unreadable images."""
+    view_of: dict[str, str]
+    """Network name → its view."""
+    epoch: int = 0
+    mixing: tuple[Mixing, ...] | None = None
+    """Coefficients of Mixup and CutMix; None when the recipe does not mix."""
+    erasing: tuple[Erasing, ...] = ()
+    corrupt: list[int] = field(default_factory=list)
+    """Rows that could not be read: replaced in training, not valid in evaluation."""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return dataclasses.replace(
+            self,
+            views={name: function(view) for name, view in self.views.items()},
+            label=function(self.label),
+            row=function(self.row),
+            key=function(self.key),
+            valid=function(self.valid),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with all tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by the DataLoader."""
+        return self._map(Tensor.pin_memory)
