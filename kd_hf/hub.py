@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kd_hf.files import atomic_folder
 from kd_hf.models.handle import ModelHandle
+from kd_hf.models.students import LIBRARY, as_transformers
 
 _LINE = 64  # bytes: what torch's own allocations are aligned to
 _DTYPES = {
@@ -39,7 +41,8 @@ def save_student(
     """Write a network as a Hub model folder, atomically; an existing folder is replaced as a whole.
 
     timm networks get timm's layout, which ``timm.create_model("local-dir:…")`` and
-    ``AutoModelForImageClassification`` both read; transformers networks their own, with an image processor.
+    ``AutoModelForImageClassification`` both read; transformers networks their own, with an image processor, and so
+    do the networks of this package, with the file that defines them (``trust_remote_code=True`` runs it).
     Weights are safetensors.
 
     Args:
@@ -165,4 +168,10 @@ def _image_processor(handle: ModelHandle) -> Any:
     )
 
 
-_WRITERS = {"timm": _write_timm, "transformers": _write_transformers}
+def _write_own(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
+    """The transformers layout, with the network's source file beside its weights."""
+    shell = replace(handle, network=as_transformers(handle.network))
+    _write_transformers(shell, folder, {f"network.{key}": value for key, value in weights.items()})
+
+
+_WRITERS = {"timm": _write_timm, "transformers": _write_transformers, LIBRARY: _write_own}

@@ -1,10 +1,8 @@
 """kd_hf with a real Hub over HTTP: every client runs unmodified, in a process of its own."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +22,16 @@ from tests.models.families import HF_VIT, VIT
 NAMES = tuple("zero one two three four five six seven eight nine".split())
 TOKEN, STRANGER = "hf_secretOfTheMember", "hf_secretOfAStranger"
 FILES, ROWS, GROUP, NOTE = 3, 80, 16, 4000  # parquet files of the training split, rows in each, in a group, ballast
-CARD = "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n      class_label:\n        names:\n"
+CARD = """---
+dataset_info:
+  features:
+  - name: image
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+"""
 
 PUBLISH = """
 import json, sys
@@ -34,7 +41,7 @@ for kind, folder, name, revision in json.load(sys.stdin):
     api.create_repo(name, repo_type=kind, exist_ok=True)
     if revision:
         api.create_branch(name, repo_type=kind, branch=revision)
-    print(api.upload_folder(repo_id=name, folder_path=folder, repo_type=kind, revision=revision).oid)
+    api.upload_folder(repo_id=name, folder_path=folder, repo_type=kind, revision=revision)
 api.create_tag("org/timm", tag="v1")
 """
 # model ids as argv[2:], revision after the @; logits of each reader by name
@@ -94,7 +101,7 @@ for argv in json.load(sys.stdin):
 
 
 def python(environment, *args, stdin=None):
-    """Run Python in the environment of a client; what it wrote, after a good end."""
+    """Run Python in the environment of a client; what it wrote to both streams, after a good end."""
     kept = {key: value for key, value in runs.environment().items() if not key.startswith(("HF_", "HUGGING"))}
     done = subprocess.run(
         [sys.executable, *args],
@@ -107,7 +114,7 @@ def python(environment, *args, stdin=None):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def write_data(folder, listed):
@@ -140,31 +147,36 @@ def make_student(folder, model, seed, **options):
     torch.manual_seed(seed)
     handle = load_model(model, num_classes=10, image_size=32, **options)
     handle.label_names = NAMES
-    save_student(handle, folder, extra_files={"README.md": "---\nlibrary_name: timm\n---\n# Student\n"})
+    save_student(handle, folder, extra_files={"README.md": "---\npipeline_tag: image-classification\n---\n"})
     return handle.network
+
+
+def make_uploads(root):
+    """Networks by id, and what is to be published: kind, folder, id and branch."""
+    networks = {
+        "org/timm": make_student(root / "timm", "vit_tiny_patch16_224", 0, kwargs=VIT),
+        "org/timm@try": make_student(root / "timm-try", "vit_tiny_patch16_224", 1, kwargs=VIT),
+        "org/vit": make_student(root / "vit", "transformers/vit", 2, kwargs=HF_VIT),
+    }
+    (root / "bare").mkdir()
+    (root / "bare" / "config.json").write_bytes((root / "timm" / "config.json").read_bytes())
+    (root / "bare" / "pytorch_model.bin").write_bytes(b"pickle")
+    listed, plain = write_data(root / "listed", True), write_data(root / "plain", False)
+    folders = {"timm": root / "timm", "vit": root / "vit", "bare": root / "bare"}
+    models = folders | {name: root / "timm" for name in ("private", "gated", "short", "corrupt")}
+    data = {"digits": listed, **{name: plain for name in ("plain", "private", "gated", "closed", "cut")}}
+    uploads = [("model", str(folder), f"org/{name}", None) for name, folder in models.items()]
+    uploads += [("dataset", str(folder), f"org/{name}", None) for name, folder in data.items()]
+    return networks, [*uploads, ("model", str(root / "timm-try"), "org/timm", "try")]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A Hub with models and data sets, put there by `huggingface_hub`."""
     root = tmp_path_factory.mktemp("world")
-    networks = {
-        "org/timm": make_student(root / "timm", "vit_tiny_patch16_224", 0, kwargs=VIT),
-        "org/timm@try": make_student(root / "timm-try", "vit_tiny_patch16_224", 1, kwargs=VIT),
-        "org/vit": make_student(root / "vit", "transformers/vit", 2, kwargs=HF_VIT),
-    }
-    bare = root / "bare"
-    bare.mkdir()
-    (bare / "config.json").write_bytes((root / "timm" / "config.json").read_bytes())
-    (bare / "pytorch_model.bin").write_bytes(b"pickle")
-    models = ["timm", "vit", "bare", "private", "gated"]
-    uploads = [("model", str(root / (n if n in ("vit", "bare") else "timm")), f"org/{n}", None) for n in models]
-    uploads.append(("model", str(root / "timm-try"), "org/timm", "try"))
-    listed, plain = write_data(root / "listed", True), write_data(root / "plain", False)
-    for name, folder in {"digits": listed, "plain": plain, "private": plain, "gated": plain}.items():
-        uploads.append(("dataset", str(folder), f"org/{name}", None))
+    networks, uploads = make_uploads(root)
     with serve(root / "hub", {TOKEN: User("ann", orgs=("org",)), STRANGER: User("eve")}) as hub:
-        hub.commits = python(hub.environment(root / "up", TOKEN), "-c", PUBLISH, stdin=json.dumps(uploads)).split()
+        python(hub.environment(root / "up", TOKEN), "-c", PUBLISH, stdin=json.dumps(uploads))
         for kind in ("models", "datasets"):
             hub.store.change(kind, "org/private", private=True)
             hub.store.change(kind, "org/gated", gated="auto")
@@ -180,68 +192,144 @@ def hub(world):
     return world
 
 
-def test_models_by_id_in_every_reader(hub, tmp_path):
-    first = hub.commits[0]
+@pytest.fixture
+def one_thread():
+    """Sums in the order of the subprocesses, which run on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_models_by_id_in_every_reader(hub, tmp_path, one_thread):
+    commit = hub.store.resolve("models", "org/timm", "v1")
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, 32, 32)
     save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
-    ids = {"org/timm": "org/timm", "org/timm@try": "org/timm@try", "org/timm@v1": "org/timm", "org/vit": "org/vit"}
-    ids[f"org/timm@{first}"] = "org/timm"
-    files = (str(tmp_path / "pixels.safetensors"), str(tmp_path / "logits.safetensors"))
+    ids = {name: name for name in hub.networks} | {"org/timm@v1": "org/timm", f"org/timm@{commit}": "org/timm"}
+    files = [str(tmp_path / name) for name in ("pixels.safetensors", "logits.safetensors")]
     python(hub.environment(tmp_path / "home"), "-c", MODELS, *files, *ids)
-    logits = load_file(files[1])
     with torch.no_grad():
-        expected = {key: network(pixels) for key, network in hub.networks.items()}
-    assert len(logits) == 5 * 2 + 4
-    for name, value in logits.items():
-        wanted = expected[ids[name.split()[1]]]
-        assert torch.equal(value, getattr(wanted, "logits", wanted)), name
+        outputs = {name: network.eval()(pixels) for name, network in hub.networks.items()}
+    expected = {name: getattr(output, "logits", output) for name, output in outputs.items()}
+    assert not torch.equal(expected["org/timm"], expected["org/timm@try"])
+    found = load_file(files[1])
+    assert len(found) == 3 * len(ids) - 1  # timm does not read the transformers layout
+    different = [name for name, logits in found.items() if not logits.equal(expected[ids[name.split()[1]]])]
+    assert not different, different
 
 
 def test_data_streamed_and_whole(hub, tmp_path):
+    hub.fail("drop", "^GET /cdn/.*org/plain.*train-00001")
     output = python(hub.environment(tmp_path / "home"), "-c", DATA, "org/digits", "org/plain")
-    assert output.count("240 images in 15 row groups") == 2
-    size = sum(entry.stat().st_size for entry in Path(hub.store.root.parent / "plain" / "data").glob("train*"))
-    ranges = [request for request in hub.requests("^GET /cdn/.*org/plain.*train-") if request.range]
-    print(size, [(r.range, r.sent) for r in ranges])
+    assert output.count(f"{FILES * ROWS} images in {FILES * ROWS // GROUP} row groups") == 2
+    assert not [fault for fault in hub.faults if fault.times]
+    for name in ("digits", "plain"):
+        reads = [request for request in hub.requests(f"^GET /cdn/.*org/{name}.*train-") if request.range]
+        size = sum(entry["size"] for path, entry in files_of(hub, f"org/{name}").items() if "train-" in path)
+        # the three footers, each group once for its image and twice for its label: never the ballast
+        wanted = sum(request.sent for request in reads) - sum(request.sent for request in reads[:FILES])
+        assert wanted < FILES * ROWS * 2500 < size / 2, (wanted, size)
+        row = next(request for request in reads if request.sent < 60_000)
+        assert row.sent < GROUP * 2000  # one row asked for: one group of one file
 
 
-@pytest.mark.parametrize("workers", [1])
-def test_a_run_with_teacher_and_data_by_id(hub, tmp_path, workers):
+def files_of(hub, name):
+    commit = hub.store.resolve("datasets", name, "main")
+    return hub.store.read("datasets", name, commit)["files"]
+
+
+def test_a_run_with_private_teacher_and_data_outlives_passing_faults(hub, tmp_path):
+    hub.fail("drop", "^GET /cdn/.*org/private.*safetensors")
+    hub.fail("status", "^GET /cdn/.*org/private.*train-00002", status=429, retry_after=0)
+    hub.fail("status", "^GET /cdn/.*org/private.*validation", status=500)
+    hub.fail("slow", "^GET /cdn/.*org/private.*train-00000", seconds=0.5)
     blocks = {
-        "teacher": {"model": "org/vit", "gate": {"enabled": False}},
+        "teacher": {"model": "org/private", "gate": {"enabled": False}},
         "methods": {"kd": {}},
         "data": {"path": "org/private", "streaming": True},
-        "train": {"dataloader_num_workers": workers},
+        "train": {"dataloader_num_workers": 1},
     }
-    file = runs.recipe_file(tmp_path / "r.yaml", tmp_path / "run", blocks)
+    run = tmp_path / "run"
+    file = runs.recipe_file(tmp_path / "recipe.yaml", run, blocks)
     output = python(hub.environment(tmp_path / "home", TOKEN), "-m", "kd_hf.train", str(file))
-    print(output, os.listdir(tmp_path / "run"), read_log(tmp_path / "run"))
+    assert not [fault for fault in hub.faults if fault.times]
+    assert "org/private, split train, streamed" in output
+    assert sum("kd/soft" in line for line in read_log(run)) == runs.RECIPE["train"]["max_steps"]
+    assert (run / "student" / "model.safetensors").is_file()
+    assert TOKEN not in output
+    holding = [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert not holding
 
 
 def commands(environment, tmp_path, cases):
-    """Exit code, output and run folder of ``kd_hf.train`` with each block over the tiny recipe."""
-    argvs = [
-        [str(runs.recipe_file(tmp_path / f"{i}.yaml", tmp_path / f"run{i}", block))] for i, block in enumerate(cases)
-    ]
-    output = python(environment, "-c", COMMANDS, stdin=json.dumps(argvs))
+    """Run ``kd_hf.train`` for each block laid over the tiny recipe: all must end in one line and exit code 2.
+
+    A block is written as ``(what is at fault, its settings, what the message must say)``.
+    """
+    recipes = []
+    for i, (at_fault, settings, _) in enumerate(cases):
+        extra = {"gate": {"enabled": False}} if at_fault == "teacher" else {"streaming": True}
+        block = {at_fault: {**extra, **settings}}
+        recipes.append([str(runs.recipe_file(tmp_path / f"{i}.yaml", tmp_path / f"run{i}", block))])
+    output = python(environment, "-c", COMMANDS, stdin=json.dumps(recipes))
     results = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
-    return [(code, text, tmp_path / f"run{i}") for i, (code, text) in enumerate(results)]
+    assert len(results) == len(cases)
+    for i, ((code, text), case) in enumerate(zip(results, cases, strict=True)):
+        assert code == 2 and text.startswith("kd_hf: error: ") and text.count("\n") == 1, (case, text)
+        assert case[2] in text and environment.get("HF_TOKEN", "hf_") not in text, (case, text)
+        left = [path.name for path in (tmp_path / f"run{i}").glob("*")]
+        assert not {"student", "checkpoints", "report"} & set(left), (case, left)
 
 
-def test_errors(hub, tmp_path):
-    T = lambda **k: {"teacher": {"gate": {"enabled": False}, **k}}
-    D = lambda **k: {"data": {"streaming": True, **k}}
-    cases = [T(model="org/none"), T(model="org/private"), T(model="org/gated"), T(model="org/timm", revision="v9"), T(model="org/bare"),
-      D(path="org/none"), D(path="org/private"), D(path="org/gated"), D(path="org/digits", revision="v9"), D(path="org/gated", streaming=False)]
-    for c in commands(hub.environment(tmp_path / "home"), tmp_path, cases): print(c[0], c[1], c[2].exists())
-    print("=== stranger")
-    cases = [T(model="org/private"), T(model="org/gated"), D(path="org/private"), D(path="org/gated")]
-    for c in commands(hub.environment(tmp_path / "home", STRANGER), tmp_path, cases): print(c[0], c[1], c[2].exists())
-    print("=== bad token")
-    cases = [T(model="org/timm"), D(path="org/digits")]
-    for c in commands(hub.environment(tmp_path / "home", "hf_bad"), tmp_path, cases): print(c[0], c[1], c[2].exists())
-    print("=== offline")
-    for c in commands(hub.environment(tmp_path / "home2")|{"HF_HUB_OFFLINE":"1"}, tmp_path, cases): print(c[0], c[1], c[2].exists())
-    print("=== unreachable")
-    for c in commands(hub.environment(tmp_path / "home3")|{"HF_ENDPOINT":"http://127.0.0.1:9"}, tmp_path, cases): print(c[0], c[1], c[2].exists())
+GATED = "is gated: accept its terms on https://huggingface.co/org/gated, then `hf auth login`"
+GATED_DATA = "Accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
+PRIVATE_DATA = "Check the spelling; a private one needs `hf auth login` or HF_TOKEN"
+
+
+def test_mistakes_without_a_token(hub, tmp_path):
+    hub.fail("short", "^GET /cdn/.*org/short.*safetensors", times=99)
+    hub.fail("corrupt", "^GET /cdn/.*org/corrupt.*safetensors", times=99)
+    hub.fail("status", "^GET /cdn/.*org/closed", status=403, times=99)
+    hub.fail("short", "^GET /cdn/.*org/cut.*train-00001", times=99)
+    cases = [
+        ("teacher", {"model": "org/none"}, "model 'org/none' is neither a folder nor a repository on the Hub"),
+        ("teacher", {"model": "org/private"}, "(a private one needs `hf auth login` or HF_TOKEN)"),
+        ("teacher", {"model": "org/gated"}, GATED),
+        ("teacher", {"model": "org/timm", "revision": "v9"}, "model 'org/timm' has no revision 'v9'"),
+        ("teacher", {"model": "org/bare"}, "'org/bare' has no safetensors weights"),
+        ("teacher", {"model": "org/short"}, "could not be downloaded: OSError: Consistency check failed"),
+        ("teacher", {"model": "org/corrupt"}, "model 'org/corrupt' cannot be built"),
+        ("data", {"path": "org/none"}, f"data.path: 'org/none': Dataset 'org/none' doesn't exist on the Hub"),
+        ("data", {"path": "org/private"}, PRIVATE_DATA),
+        ("data", {"path": "org/gated"}, GATED_DATA),
+        ("data", {"path": "org/gated", "streaming": False}, GATED_DATA),
+        ("data", {"path": "org/digits", "revision": "v9"}, "Revision 'v9' doesn't exist for dataset 'org/digits'"),
+        ("data", {"path": "org/closed"}, "data.path: cannot read the Parquet file hf://datasets/org/closed@"),
+        ("data", {"path": "org/cut"}, "data.path: cannot read the Parquet file hf://datasets/org/cut@"),
+    ]
+    commands(hub.environment(tmp_path / "home"), tmp_path, cases)
+
+
+def test_mistakes_with_a_token_that_may_not(hub, tmp_path):
+    cases = [
+        ("teacher", {"model": "org/private"}, "is neither a folder nor a repository on the Hub"),
+        ("teacher", {"model": "org/gated"}, GATED),
+        ("data", {"path": "org/private"}, PRIVATE_DATA),
+        ("data", {"path": "org/gated"}, GATED_DATA),
+    ]
+    commands(hub.environment(tmp_path / "home", STRANGER), tmp_path, cases)
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "data"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "download it where there is a network (`hf download org/timm`)", "HF_HUB_OFFLINE"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub cannot be reached", "Check the network"),
+        ({"HF_TOKEN": "hf_unknown"}, "the Hub does not accept the token; renew HF_TOKEN", "Renew HF_TOKEN"),
+    ],
+    ids=["offline", "unreachable", "token"],
+)
+def test_a_hub_that_cannot_be_asked(hub, tmp_path, changes, model, data):
+    cases = [("teacher", {"model": "org/timm"}, model), ("data", {"path": "org/digits"}, data)]
+    commands(hub.environment(tmp_path / "home") | changes, tmp_path, cases)

@@ -42,7 +42,8 @@ def test_method_of_the_readme_passes_the_conformance_test():
 
 
 def test_files_that_are_named_exist():
-    names = set(re.findall(r"\]\(([\w./]+)\)", TEXT)) | set(re.findall(r"(?:recipes|accelerate_configs)/\w+\.yaml", TEXT))
+    links, paths = r"\]\(([\w./]+)\)", r"(?:recipes|accelerate_configs)/\w+\.yaml"
+    names = {*re.findall(links, TEXT), *re.findall(paths, TEXT)}
     assert {"recipes/quickstart.yaml", "recipes/quickstart.png"} <= names
     assert [name for name in names if not (ROOT / name).exists()] == []
 

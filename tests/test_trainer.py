@@ -315,6 +315,16 @@ def test_checkpoint_holds_no_pickled_objects(tmp_path):
     assert json.loads((last / "state.json").read_text())["processes"] == 1
 
 
+def test_tracker_gets_the_log_and_the_recipe(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    DistillTrainer(recipe(tmp_path, {"train": {"report_to": ["tensorboard"]}})).train()
+    events = EventAccumulator(str(tmp_path / "kd_hf")).Reload()
+    values = [event.value for event in events.Scalars("loss")]
+    assert values == pytest.approx([line["loss"] for line in read_log(tmp_path) if "loss" in line])
+    assert "train.learning_rate" in (tmp_path / "kd_hf").rglob("hparams.yml").__next__().read_text()
+
+
 def test_own_code_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

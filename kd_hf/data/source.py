@@ -223,17 +223,17 @@ def _library_errors(cfg: DataConfig) -> Iterator[None]:
 def _advice(error: Exception, reason: str) -> str:
     from datasets.exceptions import DatasetNotFoundError
 
-    if "gated" in reason.lower():
-        return " Accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
-    if isinstance(error, DatasetNotFoundError):
-        return " Check the spelling and `data.revision`; a private one needs `hf auth login` or HF_TOKEN"
-    if "BuilderConfig" in reason or "Config name is missing" in reason:
-        return " Set `data.name` to one of these"
-    if isinstance(error, FileNotFoundError):
-        return " Check `data.path` and `data.data_files`"
-    if isinstance(error, ConnectionError):
-        return " Check the network (and HF_HUB_OFFLINE), or give a local folder"
-    return ""
+    missing = isinstance(error, DatasetNotFoundError)
+    cases = (
+        ("gated" in reason.lower(), " Accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"),
+        ("Invalid credentials" in reason, " Renew HF_TOKEN, or run `hf auth login`"),
+        (missing and "Revision" in reason, " Check `data.revision`"),
+        (missing, " Check the spelling; a private one needs `hf auth login` or HF_TOKEN"),
+        ("BuilderConfig" in reason or "Config name is missing" in reason, " Set `data.name` to one of these"),
+        (isinstance(error, FileNotFoundError), " Check `data.path` and `data.data_files`"),
+        (isinstance(error, ConnectionError), " Check the network (and HF_HUB_OFFLINE), or give a local folder"),
+    )
+    return next((advice for applies, advice in cases if applies), "")
 
 
 def _open_table(cfg: DataConfig, split: Split) -> Source:
@@ -367,9 +367,8 @@ class StreamedSource(Source):
             self._footers = list(pool.map(_read_footer, self._files))
         schema = self._footers[0].schema.to_arrow_schema()
         self.columns = find_columns(features or Features.from_arrow_schema(schema), cfg)
-        groups = [(f, g) for f, footer in enumerate(self._footers) for g in range(footer.num_row_groups)]
-        self._groups = groups
-        self.group_sizes = tuple(self._footers[f].row_group(g).num_rows for f, g in groups)
+        self._groups = [(f, g) for f, footer in enumerate(self._footers) for g in range(footer.num_row_groups)]
+        self.group_sizes = tuple(self._footers[f].row_group(g).num_rows for f, g in self._groups)
         self._ends = np.cumsum(self.group_sizes)
         self._where, self._kept = where, cfg.shuffle_block
         self._cache: OrderedDict[int, pyarrow.Table] = OrderedDict()

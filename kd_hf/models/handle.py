@@ -50,8 +50,8 @@ _TRANSFORMERS_PREFIX = {"cls": "cls_token", "dist": "distillation_token"}
 class Origin:
     """Where a network came from: enough to name it and to build it again."""
 
-    library: str  # "timm" | "transformers" | "torch"
-    architecture: str  # timm's name, or the model_type of transformers
+    library: str  # "timm" | "transformers" | "kd_hf" | "torch"
+    architecture: str  # timm's name, or the model_type of transformers' configuration
     source: str = ""  # what the user wrote
     revision: str | None = None
     pretrained: bool = False
@@ -189,7 +189,10 @@ def _pyramid(levels: list[tuple[str, int, float]]) -> list[tuple[str, int, float
 
 
 def _timm_prefix(network: nn.Module) -> tuple[str, ...]:
-    """Names of the tokens before the patches, in timm's order: class, distillation, registers."""
+    """Names of the tokens before the patches, in timm's order (class, distillation, registers) or as the network says."""
+    own = _attribute(network, "prefix_tokens", tuple, ())
+    if own:
+        return own
     count = _attribute(network, "num_prefix_tokens", int, 0)
     named = [token for token in ("cls", "dist") if getattr(network, f"{token}_token", None) is not None][:count]
     return (*named, *(f"reg{index}" for index in range(count - len(named))))

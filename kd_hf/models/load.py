@@ -19,6 +19,7 @@ from kd_hf.config import PreprocessingConfig
 from kd_hf.errors import UserError, nearest
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm, describe_transformers
 from kd_hf.models.info import Preprocessing
+from kd_hf.models.students import LIBRARY, OWN, STOCK_FACTS, Student, find_student, read_weights
 
 WEIGHTS = "model*.safetensors"
 # what constructors and state dict loading raise when a recipe's values do not fit the network
@@ -60,6 +61,7 @@ class _Source:
     architecture: str
     folder: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    student: Student | None = None  # when it is one of ours
 
 
 def load_model(
@@ -80,7 +82,8 @@ def load_model(
     Args:
         model: a folder (timm or transformers layout, or a run folder with ``student/`` in it), a Hub id
             (``org/name``, ``hf-hub:org/name``), a timm architecture with or without tag (``resnet18``,
-            ``timm/resnet50.a1_in1k``), or ``transformers/<model_type>`` for a random network of that type.
+            ``timm/resnet50.a1_in1k``), ``transformers/<model_type>`` for a random network of that type, or
+            ``kd_hf/<name>`` for one of :mod:`kd_hf.models.students`.
         pretrained: read the weights, from safetensors only; else they are random.
         num_classes: K; where it differs from the weights', the classifier is new.
         image_size: pixels per side, passed to the constructor where the architecture is built for one size.
@@ -113,7 +116,8 @@ def load_model(
             "or set pretrained: false"
         )
     with _building(request):
-        handle = {"timm": _load_timm, "transformers": _load_transformers}[source.library](request, source)
+        load = {"timm": _load_timm, "transformers": _load_transformers, LIBRARY: _load_own}[source.library]
+        handle = load(request, source)
     handle.network.eval()
     if request.device is not None and not request.on_meta:
         handle.network.to(request.device)
@@ -135,6 +139,8 @@ def _locate(request: _Request) -> _Source:
     owner, _, short = name.rpartition("/")
     if owner == "transformers":
         return _from_model_type(request, short)
+    if scheme != "hf-hub" and owner == LIBRARY:
+        return _from_student(request, short)
     if scheme != "hf-hub" and owner in ("", "timm"):
         return _from_architecture(request, short)
     return _from_hub(request, *name.partition("@")[::2])
@@ -152,6 +158,8 @@ def _from_folder(folder: Path) -> _Source:
         raise UserError(f"{folder}/config.json is not valid JSON: {error}") from error
     if "architecture" in config:
         return _Source("timm", config["architecture"], folder, config)
+    if config.get("model_type") in OWN:
+        return _Source(LIBRARY, config["model_type"], folder, config)
     if "model_type" in config:
         return _Source("transformers", config["model_type"], folder, config)
     raise UserError(f"{folder}/config.json has neither `architecture` (timm) nor `model_type` (transformers)")
@@ -162,12 +170,22 @@ def _from_model_type(request: _Request, model_type: str) -> _Source:
 
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"transformers has no model type '{model_type}'.{nearest(model_type, CONFIG_MAPPING.keys())}")
+    _refuse_weights(request)
+    return _Source("transformers", model_type)
+
+
+def _from_student(request: _Request, name: str) -> _Source:
+    student = find_student(name, request.model)
+    _refuse_weights(request)
+    return _Source(student.library, student.architecture, student=student)
+
+
+def _refuse_weights(request: _Request) -> None:
     if request.pretrained:
         raise UserError(
             f"model '{request.model}' is a random network of that type; for weights give a Hub id or a folder, "
             "or set pretrained: false"
         )
-    return _Source("transformers", model_type)
 
 
 def _from_architecture(request: _Request, name: str) -> _Source:
@@ -213,8 +231,8 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
 
     explanations: dict[type[Exception], str] = {  # the first that fits counts
         errors.HFValidationError: "is neither a folder nor a valid Hub id (org/name)",
-        errors.GatedRepoError: f"is gated: accept its terms on https://huggingface.co/{repository}, then `hf auth login` "
-        "or set HF_TOKEN",
+        errors.GatedRepoError: f"is gated: accept its terms on https://huggingface.co/{repository}, "
+        "then `hf auth login` or set HF_TOKEN",
         errors.RepositoryNotFoundError: "is neither a folder nor a repository on the Hub (a private one needs "
         "`hf auth login` or HF_TOKEN)",
         errors.RevisionNotFoundError: f"has no revision '{revision}'",
@@ -281,15 +299,19 @@ def _load_timm(request: _Request, source: _Source) -> ModelHandle:
     else:
         registered = timm.get_pretrained_cfg(source.architecture)
         name, facts = source.architecture, registered.to_dict() if registered is not None else {}
-    arguments = dict(request.kwargs)
+    arguments = {**(source.student.arguments if source.student else {}), **request.kwargs}
     if request.num_classes is not None:
         arguments["num_classes"] = request.num_classes
     if request.drop_path is not None:
         arguments["drop_path_rate"] = request.drop_path
     if request.image_size is not None and facts.get("fixed_input_size"):
         arguments["img_size"] = request.image_size
-    placement: dict[str, Any] = {"device": "meta"} if request.on_meta else {}
-    network = timm.create_model(name, pretrained=request.weights, **arguments, **placement)
+    more: dict[str, Any] = {"device": "meta"} if request.on_meta else {}
+    if source.student:
+        more["pretrained_cfg_overlay"] = STOCK_FACTS
+    network = timm.create_model(name, pretrained=request.weights, **arguments, **more)
+    if source.student and source.student.initialise:
+        source.student.initialise(network)
     native = _timm_preprocessing(network)
     info = replace(describe_timm(network, request.model, _override(native, request)), native=native)
     origin = _origin(request, "timm", source.architecture, arguments)
@@ -327,6 +349,11 @@ def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSES
 
     trust = {"trust_remote_code": request.trust_remote_code}
+    if "auto_map" in source.config and source.architecture not in CONFIG_MAPPING and not request.trust_remote_code:
+        raise UserError(
+            f"model '{request.model}' brings code of its own ({source.architecture}) that would run here; "
+            "read it, then set trust_remote_code: true"
+        )
     if source.folder is not None:
         values = _config_values(request, AutoConfig.from_pretrained(source.folder, **trust))
         config = AutoConfig.from_pretrained(source.folder, **values, **trust)
@@ -344,10 +371,36 @@ def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
     if "image_size" in values:  # built for that size, so it cannot be shown another
         native = replace(native, image_size=values["image_size"])
     info = replace(describe_transformers(network, request.model, _override(native, request)), native=native)
-    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-    named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
     origin = _origin(request, "transformers", source.architecture, values)
-    return ModelHandle(network, info, origin, labels if named else ())
+    return ModelHandle(network, info, origin, _config_label_names(config))
+
+
+def _config_label_names(config: Any) -> tuple[str, ...]:
+    """The class names of a transformers configuration; none when it only numbers them."""
+    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    return labels if any(label != f"LABEL_{index}" for index, label in enumerate(labels)) else ()
+
+
+def _load_own(request: _Request, source: _Source) -> ModelHandle:
+    """Build a network of this package, by name or from its artefact; the code in the artefact is not run."""
+    own = OWN[source.architecture]()
+    if source.folder is not None:
+        written = own.config.from_pretrained(source.folder)
+    else:
+        written = own.config(**(source.student.arguments if source.student else {}))
+    values = _config_values(request, written)
+    config = own.config.from_dict(written.to_dict(), **values)
+    with torch.device("meta" if request.on_meta else "cpu"):
+        network = own.network(config)
+    if request.weights and source.folder is not None:
+        read_weights(network, source.folder)
+    native = _processor_preprocessing(source.folder, config)
+    if "image_size" in values:
+        native = replace(native, image_size=values["image_size"])
+    info = describe_timm(network, request.model, _override(native, request))
+    info = replace(info, native=native, library=LIBRARY)
+    origin = _origin(request, LIBRARY, source.architecture, values)
+    return ModelHandle(network, info, origin, _config_label_names(config))
 
 
 def _config_values(request: _Request, config: Any) -> dict[str, Any]:

@@ -1,6 +1,4 @@
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import timm
@@ -12,6 +10,7 @@ from kd_hf.config import PreprocessingConfig
 from kd_hf.errors import UserError
 from kd_hf.hub import save_student
 from kd_hf.models.load import load_model
+from tests.hub.server import serve
 from tests.models.families import HF_SWIN, HF_TWO_HEADS, HF_VIT, VIT
 
 
@@ -136,53 +135,35 @@ def test_a_name_without_weights_on_the_hub_is_refused():
         load_model(bare, pretrained=True)
 
 
-REFUSALS = {
-    "missing": (404, "RepoNotFound"),
-    "gated": (403, "GatedRepo"),
-    "norevision": (404, "RevisionNotFound"),
-    "odd": (400, ""),
-}
-
-
-class RefusingHub(BaseHTTPRequestHandler):
-    """A Hub that says no, in the words of the real one."""
-
-    def do_GET(self):
-        status, code = next(answer for name, answer in REFUSALS.items() if name in self.path)
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process asks."""
+    with serve(tmp_path / "server") as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield server
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "revision", "message"),
     [
-        ("org/missing", "is neither a folder nor a repository on the Hub"),
-        ("org/gated", "is gated: accept its terms on https://huggingface.co/org/gated"),
-        ("org/norevision", "has no revision 'v9'"),
-        ("org/odd", "could not be downloaded"),
+        ("org/missing", None, "is neither a folder nor a repository on the Hub"),
+        ("org/gated", None, "is gated: accept its terms on https://huggingface.co/org/gated"),
+        ("org/open", "v9", "has no revision 'v9'"),
+        ("org/odd", None, "could not be downloaded: BadRequestError"),
+        ("org/open", None, "config.json has neither `architecture` (timm) nor `model_type`"),
     ],
 )
-def test_what_the_hub_refuses_is_explained(name, message, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    try:
-        with pytest.raises(UserError) as caught:
-            load_model(name, revision="v9")
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def test_what_the_hub_refuses_is_explained(name, revision, message, hub):
+    for repository in ("org/gated", "org/open", "org/odd"):
+        hub.store.write("models", repository, {"config.json": b"{}"})
+    hub.store.change("models", "org/gated", gated="manual")
+    hub.fail("status", "^GET .*org/odd", status=400)
+    with pytest.raises(UserError) as caught:
+        load_model(name, revision=revision)
     assert message in str(caught.value)
 
 

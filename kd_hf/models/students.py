@@ -1,0 +1,151 @@
+"""Student networks of the papers that neither timm nor transformers has under a name: ``kd_hf/<name>`` in a recipe.
+
+=========================  =====================================================================  ==================
+name                       network                                                                artefact
+=========================  =====================================================================  ==================
+``conv_stem_deit_tiny``    VkD: distilled DeiT, convolutional stem, mean patch as distillation     brings its code
+``conv_stem_deit_small``   token (also ``_base``)
+``mixer_b14``              ScaleKD: MLP-Mixer-B with 14-pixel patches                             brings its code
+``mobilenetv1_relu``       cls_KD and ScaleKD: MobileNetV1 with ReLU where timm has ReLU6          stock timm
+``vit_small_patch16_gap``  ScaleKD: ViT without class token, mean of the normalised tokens         stock timm
+``vit_base_patch16_gap``
+``vit_base_patch14_gap``   ScaleKD: the same, and a second norm behind the mean                    stock timm
+=========================  =====================================================================  ==================
+
+All of them see ImageNet's mean and std and are evaluated on the central 224 of 256 pixels, as their papers do. A stock
+network is one of timm's with the arguments below, so timm and transformers load its artefact as it is. The others are
+written in one file each that is copied into the artefact; transformers runs it there when told to
+(``trust_remote_code=True``), while :func:`kd_hf.models.load.load_model` knows the network and needs no such leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from kd_hf.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+LIBRARY = "kd_hf"
+
+
+@dataclass(frozen=True)
+class Own:
+    """A network whose code travels with it: how transformers holds its configuration and itself, and its classes."""
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    network: Callable[[Any], nn.Module]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A named network: of `architecture` (timm's, or the model type of an :class:`Own`) with `arguments`."""
+
+    library: str  # "timm" or LIBRARY
+    architecture: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    initialise: Callable[[nn.Module], None] | None = None  # where the architecture's own initial weights are not meant
+
+
+def _conv_stem_deit() -> Own:
+    from kd_hf.models.conv_stem_deit import ConvStemDeit, ConvStemDeitConfig, ConvStemDeitForImageClassification
+
+    return Own(ConvStemDeitConfig, ConvStemDeitForImageClassification, ConvStemDeit)
+
+
+def _mlp_mixer() -> Own:
+    from kd_hf.models.mlp_mixer import AnyPatchMixer, MlpMixerConfig, MlpMixerForImageClassification
+
+    return Own(MlpMixerConfig, MlpMixerForImageClassification, AnyPatchMixer)
+
+
+def _as_vit(network: nn.Module) -> None:
+    """A ViT's initial weights; EVA's divide those at the end of each branch by its depth."""
+    from timm.models.vision_transformer import init_weights_vit_timm
+
+    network.apply(init_weights_vit_timm)
+
+
+# by model_type
+OWN: Mapping[str, Callable[[], Own]] = {
+    "kd_hf_conv_stem_deit": _conv_stem_deit,
+    "kd_hf_mlp_mixer": _mlp_mixer,
+}
+_CONV_STEM = partial(Student, LIBRARY, "kd_hf_conv_stem_deit")
+_GAP = {"class_token": False, "global_pool": "avg"}
+# EVA-02 is timm's only ViT that can have a norm before and another after the pooling; the rest of it is undone
+_PLAIN_EVA = {
+    "attn_type": "rope",  # with no rotary positions: attention with a bias on the keys too
+    "qkv_fused": True,
+    "mlp_ratio": 4.0,
+    "swiglu_mlp": False,
+    "scale_mlp": False,
+    "use_rot_pos_emb": False,
+    "use_post_transformer_norm": True,
+    "use_fc_norm": True,
+    "num_classes": 1000,
+}
+STUDENTS: Mapping[str, Student] = {
+    "conv_stem_deit_tiny": _CONV_STEM({"embed_dim": 192, "num_heads": 3, "num_labels": 1000}),
+    "conv_stem_deit_small": _CONV_STEM({"embed_dim": 384, "num_heads": 6, "num_labels": 1000}),
+    "conv_stem_deit_base": _CONV_STEM({"embed_dim": 768, "num_heads": 12, "num_labels": 1000}),
+    "mixer_b14": Student(LIBRARY, "kd_hf_mlp_mixer", {"num_labels": 1000}),
+    "mobilenetv1_relu": Student("timm", "mobilenetv1_100", {"act_layer": "relu"}),
+    "vit_small_patch16_gap": Student("timm", "deit_small_patch16_224", {**_GAP, "fc_norm": False}),
+    "vit_base_patch16_gap": Student("timm", "deit_base_patch16_224", {**_GAP, "fc_norm": False}),
+    "vit_base_patch14_gap": Student("timm", "eva02_base_patch14_224", {**_GAP, **_PLAIN_EVA}, _as_vit),
+}
+# what timm's configuration of the architecture would say otherwise
+STOCK_FACTS = {
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+}
+
+
+def find_student(name: str, model: str) -> Student:
+    """The network called ``kd_hf/<name>``; `model` is what the user wrote.
+
+    Raises:
+        UserError: there is none of that name; the message has the nearest.
+    """
+    if name not in STUDENTS:
+        raise UserError(f"model '{model}': kd_hf has no network '{name}'.{nearest(name, STUDENTS)}")
+    return STUDENTS[name]
+
+
+def read_weights(network: nn.Module, folder: Path) -> None:
+    """Load the safetensors of an artefact into a network; a classifier of another size stays as it is.
+
+    Raises:
+        RuntimeError: other names or shapes than the network's.
+    """
+    from safetensors.torch import load_file
+
+    weights = {
+        key.removeprefix("network."): value
+        for path in sorted(folder.glob("model*.safetensors"))
+        for key, value in load_file(path).items()
+    }
+    for key, value in network.state_dict().items():
+        if key.startswith("head") and key in weights and weights[key].shape != value.shape:
+            weights[key] = value
+    network.load_state_dict(weights)
+
+
+def as_transformers(network: nn.Module) -> PreTrainedModel:
+    """The weightless shell in which transformers holds a network of :data:`OWN`; its keys start with ``network.``."""
+    import torch
+
+    config: Any = network.config
+    with torch.device("meta"):
+        return OWN[config.model_type]().model(config)
