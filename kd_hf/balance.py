@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
@@ -57,28 +59,34 @@ DurationField = Annotated[
 
 
 class Ramp(BaseModel):
-    """A weight that moves: ``warmup: [from, to, duration]`` (linear) or ``cosine: [from, to, duration]``."""
+    """A weight that moves: ``warmup: [from, to, duration]`` (linear), ``cosine: [from, to, duration]``, or
+    ``one_minus: NAME``, what another loss leaves of 1 (as KD does with the loss on labels)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     warmup: tuple[float, float, DurationField] | None = None
     cosine: tuple[float, float, DurationField] | None = None
+    one_minus: str | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> Ramp:
-        if (self.warmup is None) == (self.cosine is None):
-            raise ValueError("give either `warmup: [from, to, duration]` or `cosine: [from, to, duration]`")
+        if sum(form is not None for form in (self.warmup, self.cosine, self.one_minus)) != 1:
+            raise ValueError(
+                "give one of `warmup: [from, to, duration]`, `cosine: [from, to, duration]`, `one_minus: NAME`"
+            )
         return self
 
     @property
     def course(self) -> tuple[float, float, Duration]:
-        """(from, to, duration) of whichever form was given."""
+        """(from, to, duration) of `warmup` or `cosine`."""
         course = self.warmup or self.cosine
         assert course is not None  # the validator saw to it
         return course
 
     @property
     def touches_zero(self) -> bool:
-        """Whether the weight is 0 at its start or from its end on."""
+        """Whether the weight may be 0 at its start or from its end on."""
+        if self.one_minus is not None:
+            return True
         start, end, _ = self.course
         return start == 0 or end == 0
 
@@ -86,12 +94,24 @@ class Ramp(BaseModel):
 Weight = Annotated[float, Field(allow_inf_nan=False)] | Ramp
 
 
-def weight_at(weight: Weight, until: Duration | None, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """The value of a recipe's `weight` (with its `until`) at an optimiser step counted from 0."""
+def weight_at(
+    weight: Weight,
+    until: Duration | None,
+    step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    others: Mapping[str, float] = MappingProxyType({}),
+) -> float:
+    """The value of a recipe's `weight` (with its `until`) at an optimiser step counted from 0.
+
+    `others` are the weights of the other losses at that step, for ``one_minus``.
+    """
     if until is not None and step >= until.steps(total_steps, steps_per_epoch):
         return 0.0
     if not isinstance(weight, Ramp):
         return weight
+    if weight.one_minus is not None:
+        return 1.0 - others[weight.one_minus]
     start, end, duration = weight.course
     length = max(1, duration.steps(total_steps, steps_per_epoch))
     done = min(1.0, step / length)

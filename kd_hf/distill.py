@@ -11,7 +11,7 @@ from kd_hf.balance import Duration, Ramp, Weight, weight_at
 from kd_hf.config import DataConfig, MethodBlock, Recipe
 from kd_hf.data.draws import Draws
 from kd_hf.data.mix import is_mixing
-from kd_hf.errors import UserError
+from kd_hf.errors import UserError, nearest
 from kd_hf.methods import get_method
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Target
 from kd_hf.models.info import ModelInfo, Shapes
@@ -32,9 +32,10 @@ class Choice:
     until: Duration | None
     teacher: str | None  # which teacher it reads
 
-    def weight_at(self, step: int, total_steps: int, steps_per_epoch: int) -> float:
-        """Its factor at an optimiser step counted from 0."""
-        return weight_at(self.weight, self.until, step, total_steps, steps_per_epoch)
+    @property
+    def complement(self) -> str | None:
+        """The loss whose weight this one completes to 1."""
+        return self.weight.one_minus if isinstance(self.weight, Ramp) else None
 
     @property
     def may_pause(self) -> bool:
@@ -54,6 +55,7 @@ def choose_methods(recipe: Recipe, student: ModelInfo, teachers: Mapping[str, Mo
     if not active:
         raise UserError("methods: every weight is 0, so there is nothing to train")
     for choice in active:
+        _check_complement(choice, [other.name for other in active if other.complement is None])
         _check_labels(choice, recipe.data)
     return active
 
@@ -74,12 +76,28 @@ def _choose(name: str, block: MethodBlock, student: ModelInfo, teachers: Mapping
     return Choice(name, method, config, needs, weight, block.until, teacher if reads_teacher else None)
 
 
+def _check_complement(choice: Choice, others: Sequence[str]) -> None:
+    if choice.complement is not None and choice.complement not in others:
+        raise UserError(
+            f"methods.{choice.name}.weight.one_minus: '{choice.complement}' is no loss of this recipe with a weight of "
+            f"its own.{nearest(choice.complement, others)}"
+        )
+
+
 def _check_labels(choice: Choice, data: DataConfig) -> None:
     if choice.needs.labels == "hard" and is_mixing(data.augment):
         raise UserError(
             f"methods.{choice.name} is defined for index labels only, and data.augment mixes images (mixup, cutmix); "
             "turn mixing off, or use a method for mixed labels (kd, nkd, deit_soft)"
         )
+
+
+def weights_at(choices: Sequence[Choice], step: int, total_steps: int, steps_per_epoch: int) -> dict[str, float]:
+    """Factor of every chosen loss at an optimiser step counted from 0, by block name."""
+    found: dict[str, float] = {}
+    for choice in sorted(choices, key=lambda choice: choice.complement is not None):  # complements need the others
+        found[choice.name] = weight_at(choice.weight, choice.until, step, total_steps, steps_per_epoch, found)
+    return {choice.name: found[choice.name] for choice in choices}
 
 
 class DistillModule(nn.Module):

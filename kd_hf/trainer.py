@@ -23,6 +23,7 @@ from kd_hf.data.loader import train_loader
 from kd_hf.data.mix import check_mixing
 from kd_hf.data.source import Source, open_source
 from kd_hf.data.views import DeviceStage
+from kd_hf.distill import weights_at
 from kd_hf.errors import UserError
 from kd_hf.evaluation import Evaluator, measure_teachers
 from kd_hf.hub import save_student
@@ -273,8 +274,7 @@ class DistillTrainer:
 
     def weights(self, step: int) -> dict[str, float]:
         """Factor of every method at a step counted from 0."""
-        total, epoch = self.total_steps, self.steps_per_epoch
-        return {choice.name: choice.weight_at(step, total, epoch) for choice in self.parts.choices}
+        return weights_at(self.parts.choices, step, self.total_steps, self.steps_per_epoch)
 
     def _note_corrupt(self, batch: Batch) -> None:
         new = set(batch.corrupt) - self.corrupt

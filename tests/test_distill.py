@@ -9,7 +9,7 @@ from kd_hf.assemble import assemble, plain_twin, with_untrained_teachers
 from kd_hf.balance import Ramp
 from kd_hf.config import Recipe
 from kd_hf.data.draws import Draws
-from kd_hf.distill import DistillModule, by_role, taps_of
+from kd_hf.distill import DistillModule, by_role, taps_of, weights_at
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Outputs, Target
 from tests.runs import TEACHER, recipe
@@ -36,9 +36,20 @@ def test_paper_weights_are_the_defaults(tmp_path):
     weights = names(parts)
     assert (weights["mgd"], weights["wsld"]) == (7e-5, 2.5)
     assert isinstance(weights["dkd"], Ramp)
-    dkd = next(choice for choice in parts.choices if choice.name == "dkd")
-    assert [dkd.weight_at(step, 100, 10) for step in (0, 5, 10, 50)] == [0, 1, 2, 2]
-    assert dkd.may_pause
+    assert [weights_at(parts.choices, step, 100, 10)["dkd"] for step in (0, 5, 10, 50)] == [0, 1, 2, 2]
+    assert [choice.name for choice in parts.choices if choice.may_pause] == ["dkd"]
+
+
+def test_the_loss_on_labels_may_take_what_kd_leaves(tmp_path):
+    methods = {"task": {"weight": {"one_minus": "kd"}}, "kd": {"weight": {"warmup": [0.2, 0.8, 2]}, "until": "4 steps"}}
+    choices = built(tmp_path, RESNET, {"methods": methods}).choices
+    found = [weights_at(choices, step, 10, 5) for step in range(5)]
+    assert [weights["kd"] for weights in found] == pytest.approx([0.2, 0.5, 0.8, 0.8, 0.0])
+    assert [weights["task"] for weights in found] == pytest.approx([0.8, 0.5, 0.2, 0.2, 1.0])
+    assert list(found[0]) == ["task", "kd"]
+    for name in ("kdd", "task"):
+        with pytest.raises(UserError, match=r"methods\.task\.weight\.one_minus: .*Did you mean 'kd'|Known: kd"):
+            built(tmp_path, RESNET, {"methods": methods | {"task": {"weight": {"one_minus": name}}}})
 
 
 def test_nothing_to_train_is_refused(tmp_path):

@@ -152,7 +152,7 @@ def test_a_message_names_the_file_that_last_wrote_the_key(file, key):
         ("{warmup: [0, 1]}", "'methods.kd.weight.warmup' needs more than 2 values"),
         ("{warmup: [0, 1, 5 parsecs]}", "methods.kd.weight.warmup.2: expected a duration"),
         ("{warmup: [0, 1, 2, 3]}", "methods.kd.weight.warmup: .* at most 3 items"),
-        ("{}", "methods.kd.weight: give either `warmup"),
+        ("{}", "methods.kd.weight: give one of `warmup"),
     ],
 )
 def test_messages_about_a_weight_speak_of_the_form_that_was_meant(file, value, message):

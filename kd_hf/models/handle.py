@@ -189,7 +189,7 @@ def _pyramid(levels: list[tuple[str, int, float]]) -> list[tuple[str, int, float
 
 
 def _timm_prefix(network: nn.Module) -> tuple[str, ...]:
-    """Names of the tokens before the patches, in timm's order (class, distillation, registers) or as the network says."""
+    """Names of the tokens before the patches: as the network says, or class, distillation, registers (timm's order)."""
     own = _attribute(network, "prefix_tokens", tuple, ())
     if own:
         return own

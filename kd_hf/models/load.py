@@ -262,9 +262,14 @@ def _explain_download(error: BaseException) -> str:
 def _building(request: _Request) -> Iterator[None]:
     """Turn what the libraries raise on unfitting arguments into one line."""
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     try:
         yield
+    except SafetensorError as error:
+        raise UserError(
+            f"model '{request.model}': its safetensors file is damaged ({error}); delete it, then download it again"
+        ) from error
     except (*_BUILD_ERRORS, StrictDataclassError) as error:
         raise UserError(_explain(request, " ".join(str(error).split()), type(error).__name__)) from error
 

@@ -68,10 +68,12 @@ def _mlp_mixer() -> Own:
 
 
 def _as_vit(network: nn.Module) -> None:
-    """A ViT's initial weights; EVA's divide those at the end of each branch by its depth."""
-    from timm.models.vision_transformer import init_weights_vit_timm
+    """A ViT's initial weights; EVA divides those at the end of each branch, and of the classifier, by a factor."""
+    from timm.layers import trunc_normal_
 
-    network.apply(init_weights_vit_timm)
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
 
 
 # by model_type

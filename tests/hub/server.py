@@ -36,7 +36,7 @@ class User:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose ``METHOD /path?query`` matches `pattern`.
+    """What goes wrong with the next `times` requests whose ``METHOD /path?query range`` matches `pattern`.
 
     Kinds: ``status`` answers `status` (with `retry_after` seconds); ``drop`` closes the connection in the middle of
     the body; ``short`` sends half of it as if that were all; ``corrupt`` sends other bytes of the same length;
@@ -193,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         """Answer whatever the method is."""
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.server.take_fault(f"{self.command} {self.path}")
+        fault = self.server.take_fault(f"{self.command} {self.path} {self.headers.get('Range', '')}")
         if fault is not None and fault.kind == "status":
             wait = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
             answer = Answer(fault.status, b'{"error": "on demand"}', wait)
