@@ -64,14 +64,20 @@ def _choose(name: str, block: MethodBlock, student: ModelInfo, teachers: Mapping
     method = get_method(block.method or name)
     config = method.Config.model_validate(block.options)
     teacher = block.teacher or (next(iter(teachers)) if len(teachers) == 1 else None)
-    needs = method.needs(config, student, teachers.get(teacher) if teacher else None)
-    reads_teacher = bool(needs.teacher or needs.teacher_logits or needs.parts)
-    if reads_teacher and teacher is None:
-        raise UserError(f"methods.{name}: there are several teachers ({', '.join(teachers)}); say which: `teacher: …`")
+    taught = teachers.get(teacher) if teacher else None
+    try:
+        needs = method.needs(config, student, taught)
+    except UserError:
+        if taught is not None or len(teachers) < 2:
+            raise
+        several = ", ".join(teachers)
+        raise UserError(f"methods.{name}: there are several teachers ({several}); say which: `teacher: …`") from None
     for tap in needs.student.values():
         check_tap(student, tap)
-    for tap in needs.teacher.values():
-        check_tap(teachers[teacher], tap)  # type: ignore[index]
+    if taught is not None:
+        for tap in needs.teacher.values():
+            check_tap(taught, tap)
+    reads_teacher = bool(needs.teacher or needs.teacher_logits or needs.parts)
     weight = method.weight if block.weight is None else block.weight
     return Choice(name, method, config, needs, weight, block.until, teacher if reads_teacher else None)
 

@@ -224,14 +224,15 @@ def _advice(error: Exception, reason: str) -> str:
     from datasets.exceptions import DatasetNotFoundError
 
     missing = isinstance(error, DatasetNotFoundError)
+    silent = isinstance(error, ConnectionError) or "LocalEntryNotFoundError" in reason
     cases = (
         ("gated" in reason.lower(), " Accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"),
         ("Invalid credentials" in reason, " Renew HF_TOKEN, or run `hf auth login`"),
         (missing and "Revision" in reason, " Check `data.revision`"),
         (missing, " Check the spelling; a private one needs `hf auth login` or HF_TOKEN"),
         ("BuilderConfig" in reason or "Config name is missing" in reason, " Set `data.name` to one of these"),
+        (silent, " Check the network (and HF_HUB_OFFLINE), or give a local folder"),
         (isinstance(error, FileNotFoundError), " Check `data.path` and `data.data_files`"),
-        (isinstance(error, ConnectionError), " Check the network (and HF_HUB_OFFLINE), or give a local folder"),
     )
     return next((advice for applies, advice in cases if applies), "")
 
