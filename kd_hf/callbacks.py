@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,14 @@ class Progress:
         (before, from_step), self._last = self._last, (now, step)
         return (step - from_step) * self.images_per_step / max(now - before, 1e-9)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent here (evaluating, saving) does not count into the rate."""
+        start = time.perf_counter()
+        yield
+        before, step = self._last
+        self._last = (before + time.perf_counter() - start, step)
+
     def show(self, values: dict[str, Any], step: int, total: int) -> None:
         """Loss parts and rate: behind the bar, or as a line where there is no terminal."""
         shown = {k: f"{v:.4g}" for k, v in values.items() if k.startswith("loss") or k in ("lr", "images_per_second")}
@@ -137,9 +146,8 @@ class Progress:
             self.say(f"step {step}/{total}  {text}  {_clock(left)} left")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        if self.enabled:
-            self.bar.write(text, file=sys.stderr)
+        """A line above the bar, whether or not there is one."""
+        tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """End the bar."""

@@ -58,8 +58,9 @@ def finish_report(recipe: Recipe) -> str:
     lines = ["", *table([HEAD, *(row.cells() for row in rows)]), ""]
     if recipe.data.num_labels:
         lines += [_about_labels(recipe), ""]
-    lines += [f"curve     {picture}", f"student   {student}", "load it with"]
-    lines += [f"  {line}" for line in load_lines(student)]
+    lines.append(f"curve     {picture}")
+    if (student / "config.json").is_file():
+        lines += [f"student   {student}", "load it with", *(f"  {line}" for line in load_lines(student))]
     return "\n".join(lines)
 
 
@@ -72,8 +73,9 @@ def _about_labels(recipe: Recipe) -> str:
 
 def load_lines(student: Path) -> list[str]:
     """Lines of Python that load an artefact without this package."""
-    lines = [f'model = transformers.AutoModelForImageClassification.from_pretrained("{student}")']
     config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    trust = ", trust_remote_code=True" if "auto_map" in config else ""  # the network's code travels with it
+    lines = [f'model = transformers.AutoModelForImageClassification.from_pretrained("{student}"{trust})']
     if "pretrained_cfg" in config:
         lines.insert(0, f'model = timm.create_model("local-dir:{student}", pretrained=True)')
     return lines

@@ -88,7 +88,7 @@ class DistillTrainer:
         self.control = TrainerControl()
         self.callbacks = CallbackList(self.args, callbacks)
         self.corrupt: set[int] = set()
-        self.progress: Progress | None = None
+        self.progress = Progress(0, 0, 0, enabled=False)  # until the run is opened
         self.log_file: JsonLines | None = None
         self._seconds_before, self._clock = 0.0, time.perf_counter()
         self._evaluated_at = -1
@@ -157,7 +157,9 @@ class DistillTrainer:
             resume_from_checkpoint: as the recipe's field of that name, which it overrides.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        if wanted is None and self.run.is_finished:
+        finished = wanted is None and self.run.is_finished
+        self._agree(int(finished))
+        if finished:
             self.state.log_history = read_log(self.run.path)
             self.say(f"{self.run.path} holds the finished run of this recipe; nothing to train")
             return self._output()
@@ -175,8 +177,7 @@ class DistillTrainer:
                     "train.gradient_accumulation_steps by the same factor, or set train.activation_checkpointing"
                 ) from None
             finally:
-                if self.progress:
-                    self.progress.close()
+                self.progress.close()
         if stop.requested and self.state.global_step < self.total_steps:
             self.say(
                 f"stopped by {stop.name} after step {self.state.global_step} of {self.total_steps}, which is saved; "
@@ -192,7 +193,6 @@ class DistillTrainer:
             self._step(batches)
             self.state.global_step += 1
             self.state.epoch = self.state.global_step / self.steps_per_epoch
-            assert self.progress is not None
             self.progress.advance()
             self.callbacks.call("on_step_end", self.state, self.control)
             if self._after_step(stop):
@@ -214,9 +214,11 @@ class DistillTrainer:
             stopping = self._log_losses(stop.requested)
         epoch_end, closing = step % self.steps_per_epoch == 0, last and args.save_strategy != "no"
         if _is_due(args.eval_strategy, args.eval_steps, step, epoch_end) or control.should_evaluate or last:
-            self.evaluate()
+            with self.progress.paused():
+                self.evaluate()
         if _is_due(args.save_strategy, args.save_steps, step, epoch_end) or control.should_save or stopping or closing:
-            self.save_checkpoint()
+            with self.progress.paused():
+                self.save_checkpoint()
         control.should_log = control.should_evaluate = control.should_save = False
         if epoch_end:
             self.callbacks.call("on_epoch_end", self.state, control)
@@ -340,7 +342,6 @@ class DistillTrainer:
             self._stop_on_non_finite(*first_bad)
         if not means:
             return stopping
-        assert self.progress is not None
         rate = self.progress.rate(step)
         values = {**means, "lr": self.learning_rate, "images_per_second": rate}
         values |= {f"weight/{name}": weight for name, weight in self.weights(step - 1).items()}
@@ -375,12 +376,8 @@ class DistillTrainer:
 
     def say(self, text: str) -> None:
         """A line for the person watching, on the main process."""
-        if not self.accelerator.is_main_process:
-            return
-        if self.progress is not None:
+        if self.accelerator.is_main_process:
             self.progress.say(text)
-        else:
-            print(text, flush=True)
 
     # --------------------------------------------------------------------------------- run folder, resume
 
@@ -390,9 +387,19 @@ class DistillTrainer:
             self.run.clear()
         self.accelerator.wait_for_everyone()
         found = self.run.find_checkpoint(wanted)
+        self._agree(found[1]["step"] if found else -1)
         if found is not None:
             self._load_checkpoint(*found)
             self.say(f"continuing from {found[0]}")
+
+    def _agree(self, seen: int) -> None:
+        """Raise :class:`UserError` unless all processes see the same in the run folder."""
+        everyone = self.accelerator.gather(torch.tensor([seen], device=self.device))
+        if len(set(everyone.tolist())) > 1:
+            raise UserError(
+                f"train.output_dir: the processes do not see the same checkpoints in {self.run.path}; "
+                "give a folder that all machines share"
+            )
 
     def _load_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
         self.plain_module.load_state_dict(ckpt.load_tensors(folder, "module"))

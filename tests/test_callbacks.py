@@ -167,14 +167,14 @@ def test_on_a_terminal_progress_is_a_bar(stderr):
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_a_silent_process_says_nothing(stderr, stream):
+def test_without_a_bar_only_what_is_said_is_shown(stderr, stream):
     out = stderr(stream())
     progress = Progress(total=10, start=0, images_per_step=8, enabled=False)
     progress.advance()
     progress.show({"loss": 2.0}, step=1, total=10)
     progress.say("text")
     progress.close()
-    assert out.getvalue() == ""
+    assert out.getvalue() == "text\n"
 
 
 def test_rate_counts_images_since_the_last_call(stderr, monkeypatch):

@@ -121,9 +121,8 @@ def test_layer_decay_needs_a_network_that_knows_its_layers():
 # --- the schedule
 
 
-def rates(cfg, lr=0.1, steps=STEPS, epoch=EPOCH, scale=None):
-    group = {"params": [nn.Parameter(torch.zeros(1))], **({"lr_scale": scale} if scale else {})}
-    schedule = LrSchedule(torch.optim.SGD([group], lr=lr), cfg, steps, epoch)
+def rates(cfg, lr=0.1, steps=STEPS, epoch=EPOCH):
+    schedule = LrSchedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr), cfg, steps, epoch)
     return [schedule.set(step) for step in range(steps)]
 
 
@@ -198,8 +197,13 @@ def test_the_rate_is_a_function_of_the_step_alone():
     assert [schedule.set(step) for step in reversed(range(STEPS))] == forward[::-1]
 
 
-def test_layers_keep_their_share_of_the_rate():
-    assert rates(config(), scale=0.25) == pytest.approx([0.25 * rate for rate in rates(config())])
+def test_layers_keep_their_share_of_the_rate_and_the_whole_is_reported():
+    group = {"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.25}
+    optimizer = torch.optim.SGD([group], lr=0.1)
+    schedule = LrSchedule(optimizer, config(), STEPS, EPOCH)
+    for step, whole in enumerate(rates(config())):
+        assert schedule.set(step) == pytest.approx(whole)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25 * whole)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

@@ -213,8 +213,6 @@ def _library_errors(cfg: DataConfig) -> Iterator[None]:
     """Turn what `datasets` and the Hub client raise into one line that says what to do."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         raise UserError(f"data.path: '{cfg.path}': {reason}.{_advice(error, reason)}") from error

@@ -37,7 +37,7 @@ class ModelInfo:
     """
 
     name: str
-    library: str  # "timm" | "transformers" | "torch"
+    library: str  # "timm" | "transformers" | "kd_hf" | "torch"
     num_classes: int
     preprocessing: Preprocessing  # as the recipe shows it images
     native: Preprocessing | None = None  # as its own configuration asks for them, before the recipe's changes
