@@ -218,6 +218,7 @@ class TrainConfig(Block):
     channels_last: bool = False
     activation_checkpointing: bool = False
     sync_batchnorm: bool = False
+    """Statistics of the student's BatchNorm over all processes (GPUs only); methods' own norms stay local."""
     dataloader_num_workers: int = Field(0, ge=0)
     dataloader_prefetch_factor: int = Field(2, gt=0)
     logging_steps: int = Field(50, gt=0)

@@ -126,7 +126,7 @@ class DistillTrainer:
             for teacher in self.teachers.values():
                 teacher.model.to(memory_format=torch.channels_last)
         if args.sync_batchnorm and self.accelerator.num_processes > 1:
-            module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            module.student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module.student)
         module.to(self.device)
         self.ema = build_average(module.student, args.ema) if args.ema else None
         self.plain_module = module

@@ -54,7 +54,7 @@ def test_recipes_of_the_project_are_valid():
     for file in files:
         load_recipe(file)
         header = file.read_text(encoding="utf-8").split("\nbase:")[0]
-        assert f"python -m kd_hf.train recipes/{file.name}" in header
+        assert f"-m kd_hf.train recipes/{file.name}" in header
 
 
 def test_launcher_configurations_parse():

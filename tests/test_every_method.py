@@ -1,0 +1,92 @@
+"""Every method inside the trainer: gradients on two processes, what is learned, bfloat16, draws, and that it trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kd_hf.methods import method_names
+from kd_hf.optim import build_optimizer
+from tests.test_two_processes import launch
+from tests.two_rank_methods import PAIRS, PER_RANK, RANKS, Step
+
+ALL = method_names()
+BATCH = range(PER_RANK * RANKS)
+
+
+def test_every_method_has_a_pair():
+    assert set(PAIRS) == set(ALL)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    done = launch("tests.two_rank_methods", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_are_those_of_one_process(two_processes, name):
+    step = Step(name)
+    # a coupled loss is given the same images on both, and must then be what one process makes of them
+    whole = step.gradients(range(PER_RANK) if step.needs.batch_coupled else BATCH)
+    for rank in range(RANKS):
+        found = load_file(two_processes / f"{name}.{rank}.safetensors")
+        assert found.keys() == whole.keys()
+        for key, value in whole.items():
+            error = (found[key] - value).norm() / value.norm()
+            print(name, key, float(error), float(value.norm()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_coupling_is_declared(name):
+    step = Step(name)
+    method = step.module.methods[name]
+    batch_norm = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in method.modules())
+    whole = step.losses(BATCH)
+    halves = [step.losses(rows) for rows in (BATCH[:PER_RANK], BATCH[PER_RANK:])]
+    own = [key for key in whole if key.startswith(f"{name}/")]
+    separate = all(
+        torch.isclose((halves[0][key] + halves[1][key]) / 2, whole[key], rtol=1e-5, atol=0) for key in own
+    )
+    assert step.needs.batch_coupled == (not separate)
+    assert step.needs.batch_coupled or not batch_norm
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all_that_is_learned_has_a_gradient_and_the_teacher_has_none(name):
+    step = Step(name)
+    gradients = step.gradients(BATCH)
+    learned = dict(step.module.named_parameters())
+    assert [key for key in learned if key not in gradients] == []
+    assert [key for key, value in gradients.items() if not value.isfinite().all() or not value.any()] == []
+
+    frozen = {tensor.data_ptr() for tensor in step.teacher.model.state_dict().values()}
+    assert all(parameter.grad is None for parameter in step.teacher.model.parameters())
+    assert all(tensor.grad is None for tensor in (step.seen.logits, *step.seen.taps.values()))
+    assert not frozen & {tensor.data_ptr() for tensor in step.module.state_dict().values()}
+    optimised = [p for group in build_optimizer(step.module, step.recipe.train).param_groups for p in group["params"]]
+    assert {id(parameter) for parameter in optimised} == {id(parameter) for parameter in learned.values()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bfloat16_is_close(name):
+    exact = Step(name).losses(BATCH)
+    for precision in (torch.float32, torch.bfloat16):
+        step = Step(name, precision)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = step.losses(BATCH)
+        step.total(rough).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in step.module.parameters())
+        for part, value in rough.items():
+            print(name, precision, part, float(value), float(exact[part]), float(value / exact[part] - 1))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_draws_are_the_only_chance(name):
+    step = Step(name)
+    first, again, other = (step.total(step.losses(BATCH, seed=seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert (first != other) == bool(step.draws(BATCH)[name])

@@ -1,0 +1,145 @@
+"""One step of every method on tiny networks, as one process takes it or as two do: the latter is
+
+``accelerate launch --config_file accelerate_configs/2cpu.yaml -m tests.two_rank_methods FOLDER``
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kd_hf.assemble import Assembly, assemble
+from kd_hf.config import Recipe
+from kd_hf.data.draws import Draws, hash_key
+from kd_hf.distill import DistillModule, weights_at
+from kd_hf.methods import method_names
+from kd_hf.methods.base import Outputs, Target
+from kd_hf.runtime import build_accelerator
+from kd_hf.teacher import Teacher
+from tests.runs import merged
+
+CLASSES, PER_RANK, RANKS = 7, 4, 2
+# without BatchNorm, which would couple the images of a process whatever the method does
+CONVNEXT = ({"model": "test_convnext"}, {"model": "test_convnext2"})
+VIT = (
+    {"model": "test_vit", "kwargs": {"patch_size": 8, "depth": 4}},
+    {"model": "test_vit2", "kwargs": {"patch_size": 8, "depth": 5, "embed_dim": 96}},
+)
+DISTILLED = (
+    {"model": "deit_tiny_distilled_patch16_224", "kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 48}},
+    {"model": "test_convnext2"},
+)
+PAIRS = {
+    "cls_kd": VIT,
+    "deit_hard": DISTILLED,
+    "deit_soft": DISTILLED,
+    "dkd": CONVNEXT,
+    "kd": CONVNEXT,
+    "manifold": VIT,
+    "mgd": CONVNEXT,
+    "nkd": CONVNEXT,
+    "scalekd": CONVNEXT,
+    "srrl": CONVNEXT,
+    "task": CONVNEXT,
+    "uskd": CONVNEXT,
+    "vitkd": VIT,
+    "vkd": DISTILLED,
+    "wsld": CONVNEXT,
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    """The task loss and the method with its defaults, on the method's pair."""
+    student, teacher = PAIRS[name]
+    fixed = {"num_classes": CLASSES, "pretrained": False}
+    return Recipe.model_validate(
+        {
+            "student": merged(student, fixed),
+            "teacher": merged(teacher, fixed),
+            "methods": {"task": {"weight": 1.0}, name: {}},
+            "data": {"path": "builtin:digits", "image_size": 32},
+            "train": {"output_dir": "unused", "use_cpu": True},
+        }
+    )
+
+
+class Step:
+    """What the trainer does in a step, up to the gradients, on given images.
+
+    Args:
+        name: the method.
+        precision: of the teacher.
+    """
+
+    def __init__(self, name: str, precision: torch.dtype = torch.float32) -> None:
+        self.name = name
+        self.recipe = recipe_of(name)
+        self.parts: Assembly = assemble(self.recipe)
+        self.module: DistillModule = self.parts.module.train()
+        self.teacher = Teacher(
+            "teacher",
+            self.recipe.all_teachers()["teacher"],
+            self.parts.teachers["teacher"],
+            self.parts.tapped_teachers["teacher"],
+            torch.device("cpu"),
+            precision,
+        )
+        self.weights = weights_at(self.parts.choices, 0, 1, 1)
+
+    @property
+    def needs(self):
+        """What the method declares for its pair."""
+        return self.module.choices[self.name].needs
+
+    def losses(self, rows: range, wrapped: nn.Module | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Named losses on the images of these numbers; `seed` is that of the method's draws."""
+        pixels = Draws(torch.tensor([hash_key("pixels", row) for row in rows])).normal("", (3, 32, 32))
+        target = Target(torch.tensor([row % CLASSES for row in rows]))
+        return (wrapped or self.module)(pixels, {"teacher": self.taught(pixels)}, target, self.draws(rows, seed))
+
+    def taught(self, pixels: Tensor) -> Outputs:
+        """The teacher's outputs as leaves, so that a gradient that reached them would show."""
+        self.seen = self.teacher(pixels)
+        for tensor in (self.seen.logits, *self.seen.taps.values()):
+            tensor.requires_grad_()
+        return self.seen
+
+    def draws(self, rows: range, seed: int = 0):
+        """The method's random tensors for these images."""
+        return self.module.draw(Draws(torch.tensor([hash_key(seed, row) for row in rows])))
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum."""
+        return torch.stack([self.weights[name.partition("/")[0]] * value for name, value in losses.items()]).sum()
+
+    def gradients(self, rows: range, wrapped: nn.Module | None = None) -> dict[str, Tensor]:
+        """Gradients of the weighted sum by parameter, of a second step, in which wrapping would miss one."""
+        for _ in range(2):
+            self.module.zero_grad()
+            self.total(self.losses(rows, wrapped)).backward()
+        return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+
+
+def rows_of(step: Step, rank: int) -> range:
+    """A process's images: its slice of the global batch, or the same as everyone's where the loss couples images."""
+    first = 0 if step.needs.batch_coupled else rank * PER_RANK
+    return range(first, first + PER_RANK)
+
+
+def main(folder: Path) -> None:
+    """Write every method's gradients as each of two processes has them."""
+    torch.set_num_threads(1)
+    for name in method_names():
+        step = Step(name)
+        accelerator = build_accelerator(step.recipe.train)
+        wrapped = accelerator.prepare(step.module)
+        rank = accelerator.process_index
+        save_file(step.gradients(rows_of(step, rank), wrapped), folder / f"{name}.{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
