@@ -36,8 +36,7 @@ def test_gradients_are_those_of_one_process(two_processes, name):
         found = load_file(two_processes / f"{name}.{rank}.safetensors")
         assert found.keys() == whole.keys()
         for key, value in whole.items():
-            error = (found[key] - value).norm() / value.norm()
-            print(name, key, float(error), float(value.norm()))
+            assert (found[key] - value).norm() <= 1e-5 * value.norm(), key
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -81,7 +80,7 @@ def test_bfloat16_is_close(name):
         step.total(rough).backward()
         assert all(parameter.grad.isfinite().all() for parameter in step.module.parameters())
         for part, value in rough.items():
-            print(name, precision, part, float(value), float(exact[part]), float(value / exact[part] - 1))
+            print(name, precision, part, value.item(), exact[part].item(), (value / exact[part] - 1).item())
 
 
 @pytest.mark.parametrize("name", ALL)

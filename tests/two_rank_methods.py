@@ -26,8 +26,8 @@ CLASSES, PER_RANK, RANKS = 7, 4, 2
 # without BatchNorm, which would couple the images of a process whatever the method does
 CONVNEXT = ({"model": "test_convnext"}, {"model": "test_convnext2"})
 VIT = (
-    {"model": "test_vit", "kwargs": {"patch_size": 8, "depth": 4}},
-    {"model": "test_vit2", "kwargs": {"patch_size": 8, "depth": 5, "embed_dim": 96}},
+    {"model": "test_vit", "kwargs": {"patch_size": 4, "depth": 4}},
+    {"model": "test_vit", "kwargs": {"patch_size": 4, "depth": 5, "embed_dim": 96}},
 )
 DISTILLED = (
     {"model": "deit_tiny_distilled_patch16_224", "kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 48}},
@@ -42,10 +42,10 @@ PAIRS = {
     "manifold": VIT,
     "mgd": CONVNEXT,
     "nkd": CONVNEXT,
-    "scalekd": CONVNEXT,
+    "scalekd": VIT,
     "srrl": CONVNEXT,
     "task": CONVNEXT,
-    "uskd": CONVNEXT,
+    "uskd": VIT,
     "vitkd": VIT,
     "vkd": DISTILLED,
     "wsld": CONVNEXT,

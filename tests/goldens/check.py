@@ -278,7 +278,7 @@ def compare(case: Case) -> dict[str, float]:
 def open_case(golden: Golden) -> Case:
     """The case of a file: input tensors, or images through networks. Raises NotCovered."""
     if golden.method not in method_names():
-        raise NotCovered("no such method yet")
+        raise NotCovered("not understood: no such method")
     if golden.method not in LAYOUTS:
         raise NotCovered("not covered")
     if golden.group("student/"):

@@ -1,7 +1,7 @@
 """A small Hub on this machine: real HTTP for the real clients, state in one folder, faults on demand.
 
-It speaks the part of the protocol that `huggingface_hub` 1 and 2, and through it timm, transformers and datasets, use
-without Xet. Point a subprocess at it with :meth:`HubServer.environment`; the clients read those variables at import.
+It speaks the part of the protocol that `huggingface_hub`, and through it timm, transformers and datasets, use without
+Xet. Point a subprocess at it with :meth:`HubServer.environment`; the clients read those variables at import.
 """
 
 from __future__ import annotations
