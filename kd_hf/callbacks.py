@@ -146,8 +146,9 @@ class Progress:
             self.say(f"step {step}/{total}  {text}  {_clock(left)} left")
 
     def say(self, text: str) -> None:
-        """A line above the bar, whether or not there is one."""
-        tqdm.write(text, file=sys.stderr)
+        """A line on standard output, above the bar if there is one (which is on standard error)."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def close(self) -> None:
         """End the bar."""

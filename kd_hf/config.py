@@ -160,8 +160,11 @@ class DataConfig(Block):
     """Keep the labels of this many training images (chosen per class, keyed by seed); the rest count as unlabelled."""
     unlabelled: Literal["keep", "drop"] = "keep"
     """Whether training images without a label are used."""
-    shuffle_block: int = Field(16, ge=1)
-    """Streaming: row groups whose rows are shuffled together."""
+    shuffle_block: int = Field(2, ge=1)
+    """Streaming: row groups of a lane whose rows are shuffled together; lanes × this many are held in memory."""
+    lanes: int = Field(64, ge=1)
+    """Streaming: sequences of row groups that feed a global batch side by side. Processes × workers up to this number
+    read different row groups; the order depends on it, and not on them."""
     max_corrupt: int = Field(100, ge=0)
     """Unreadable images that are tolerated (replaced by the next readable row and counted) before the run stops."""
 
@@ -220,7 +223,8 @@ class TrainConfig(Block):
     sync_batchnorm: bool = False
     """Statistics of the student's BatchNorm over all processes (GPUs only); methods' own norms stay local."""
     dataloader_num_workers: int = Field(0, ge=0)
-    dataloader_prefetch_factor: int = Field(2, gt=0)
+    dataloader_prefetch_factor: int = Field(4, gt=0)
+    """Batches that the workers together are ahead."""
     logging_steps: int = Field(50, gt=0)
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     eval_steps: int | None = Field(None, gt=0)

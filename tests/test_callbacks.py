@@ -139,22 +139,22 @@ def stderr(monkeypatch):
     return replace
 
 
-def test_without_a_terminal_progress_is_lines(stderr):
-    out = stderr(io.StringIO())
+def test_without_a_terminal_progress_is_lines(stderr, capsys):
+    stderr(io.StringIO())
     progress = Progress(total=100, start=0, images_per_step=8, enabled=True)
     progress.advance()
     progress.show({"loss": 1.23456, "lr": 1e-3, "weight/kd": 1.0, "images_per_second": 8.0}, step=40, total=100)
     progress.close()
-    assert out.getvalue() == "step 40/100  loss 1.235  lr 0.001  images_per_second 8  1:00 left\n"
+    assert capsys.readouterr().out == "step 40/100  loss 1.235  lr 0.001  images_per_second 8  1:00 left\n"
 
 
-def test_long_times_have_hours(stderr):
-    out = stderr(io.StringIO())
+def test_long_times_have_hours(stderr, capsys):
+    stderr(io.StringIO())
     Progress(total=10, start=0, images_per_step=3600, enabled=True).show({"images_per_second": 1.0}, 8, 10)
-    assert "2:00:00 left" in out.getvalue()
+    assert "2:00:00 left" in capsys.readouterr().out
 
 
-def test_on_a_terminal_progress_is_a_bar(stderr):
+def test_on_a_terminal_progress_is_a_bar(stderr, capsys):
     out = stderr(Terminal())
     progress = Progress(total=10, start=4, images_per_step=8, enabled=True)
     progress.advance()
@@ -163,18 +163,19 @@ def test_on_a_terminal_progress_is_a_bar(stderr):
     progress.close()
     assert "5/10" in out.getvalue()
     assert "loss=2" in out.getvalue()
-    assert "a line above" in out.getvalue()
+    assert capsys.readouterr().out == "a line above\n"
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_without_a_bar_only_what_is_said_is_shown(stderr, stream):
+def test_without_a_bar_only_what_is_said_is_shown(stderr, stream, capsys):
     out = stderr(stream())
     progress = Progress(total=10, start=0, images_per_step=8, enabled=False)
     progress.advance()
     progress.show({"loss": 2.0}, step=1, total=10)
     progress.say("text")
     progress.close()
-    assert out.getvalue() == "text\n"
+    assert out.getvalue() == ""
+    assert capsys.readouterr().out == "text\n"
 
 
 def test_rate_counts_images_since_the_last_call(stderr, monkeypatch):

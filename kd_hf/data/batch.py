@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kd_hf.data.mix import Erasing, Mixing
+from kd_hf.data.mix import Erasing, Mixing, join_mixing
 
 
 @dataclass
@@ -55,3 +55,28 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by the DataLoader."""
         return self._map(Tensor.pin_memory)
+
+    @classmethod
+    def join(cls, parts: Sequence[Batch], pin: bool = False) -> Batch:
+        """One batch of consecutive parts, in page-locked memory if `pin`."""
+        if len(parts) == 1:
+            return parts[0].pin_memory() if pin else parts[0]
+
+        def joined(tensors: Sequence[Tensor]) -> Tensor:
+            shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+            return torch.cat(tuple(tensors), out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=pin))
+
+        first = parts[0]
+        starts = [sum(len(part) for part in parts[:index]) for index in range(len(parts))]
+        mixing = [m.shifted(start) for start, part in zip(starts, parts, strict=True) for m in part.mixing or ()]
+        return dataclasses.replace(
+            first,
+            views={name: joined([part.views[name] for part in parts]) for name in first.views},
+            label=joined([part.label for part in parts]),
+            row=joined([part.row for part in parts]),
+            key=joined([part.key for part in parts]),
+            valid=joined([part.valid for part in parts]),
+            mixing=None if first.mixing is None else join_mixing(mixing),
+            erasing=tuple(e.shifted(start) for start, part in zip(starts, parts, strict=True) for e in part.erasing),
+            corrupt=[row for part in parts for row in part.corrupt],
+        )

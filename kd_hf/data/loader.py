@@ -47,18 +47,29 @@ class _Assembler:
 
 
 class TrainBatches(Dataset[Batch]):
-    """The training batches of one rank, by micro step over the whole run."""
+    """The training batches of one rank, by micro step over the whole run, each in `parts` of consecutive images.
 
-    def __init__(self, source: Source, cfg: DataConfig, plan: ViewPlan, layout: Layout, seed: int) -> None:
+    Item ``micro_step * parts + part``. A worker that always builds the same part reads the same lanes of the data.
+    """
+
+    def __init__(
+        self, source: Source, cfg: DataConfig, plan: ViewPlan, layout: Layout, seed: int, parts: int = 1
+    ) -> None:
         check_mixing(cfg.augment, layout.per_device)
         self.source, self.augment, self.plan, self.layout, self.seed = source, cfg.augment, plan, layout, seed
         self.transform = TrainTransform(plan, cfg.augment)
-        self.order = EpochOrder(source.group_sizes, seed, cfg.shuffle_block, cfg.augment.repeats, layout.global_batch)
+        self.order = EpochOrder(
+            source.group_sizes, seed, cfg.shuffle_block, cfg.augment.repeats, layout.global_batch, cfg.lanes
+        )
+        # at even positions, so that images that are mixed with each other stay together
+        self.cuts = [layout.per_device * part // parts // 2 * 2 for part in range(parts)] + [layout.per_device]
+        source.expect(-(-self.order.lanes // (layout.world * parts)) + 1)
 
     def __getitem__(self, index: int) -> Batch:
-        """Build the batch of micro step `index`."""
-        epoch, start = self.layout.locate(index, self.order.steps_per_epoch)
-        count = self.layout.per_device
+        """Build item `index`."""
+        micro_step, part = divmod(index, len(self.cuts) - 1)
+        epoch, start = self.layout.locate(micro_step, self.order.steps_per_epoch)
+        start, count = start + self.cuts[part], self.cuts[part + 1] - self.cuts[part]
         rows, repeats = self.order.rows(epoch, start, start + count)
         keys = [
             hash_key(self.seed, epoch, row, repeat) for row, repeat in zip(rows.tolist(), repeats.tolist(), strict=True)
@@ -70,7 +81,7 @@ class TrainBatches(Dataset[Batch]):
                 views, label, used = self._readable(row, key, corrupt)
                 assembler.put(position, views, label, used, key)
         return assembler.batch(
-            epoch=epoch, mixing=self._mixing(epoch, start), erasing=self._erasing(keys), corrupt=corrupt
+            epoch=epoch, mixing=self._mixing(epoch, start, count), erasing=self._erasing(keys), corrupt=corrupt
         )
 
     def _erasing(self, keys: Sequence[int]) -> tuple[Erasing, ...]:
@@ -93,13 +104,10 @@ class TrainBatches(Dataset[Batch]):
             f" the last reason was: {reason}"
         )
 
-    def _mixing(self, epoch: int, start: int) -> tuple[Mixing, ...] | None:
+    def _mixing(self, epoch: int, start: int, count: int) -> tuple[Mixing, ...] | None:
         if not is_mixing(self.augment):
             return None
-        layout = self.layout
-        return batch_mixing(
-            self.augment, self.seed, epoch, start, layout.per_device, layout.global_batch, self.plan.size
-        )
+        return batch_mixing(self.augment, self.seed, epoch, start, count, self.layout.global_batch, self.plan.size)
 
 
 class EvalBatches(Dataset[Batch]):
@@ -109,18 +117,20 @@ class EvalBatches(Dataset[Batch]):
         self.source, self.plan, self.layout = source, plan, layout
         self.transform: Transform = EvalTransform(plan)
         count = len(source) if max_samples is None else max_samples
-        self.rows = spread_rows(source.group_sizes, count)
+        rows = spread_rows(source.group_sizes, count)
+        self.share = -(-len(rows) // layout.world)  # neighbouring rows, so that ranks read different row groups
+        self.rows = rows[layout.rank * self.share : (layout.rank + 1) * self.share]
+        source.expect(1)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // (self.layout.per_device * self.layout.world))
+        return -(-self.share // self.layout.per_device)
 
     def __getitem__(self, index: int) -> Batch:
-        """Build batch number `index`: consecutive rows, dealt to the ranks in turn."""
+        """Build batch number `index` of the rank's share."""
         size = self.layout.per_device
-        start = (index * self.layout.world + self.layout.rank) * size
         assembler = _Assembler(self.plan, size)
         corrupt = []
-        for position, row in enumerate(self.rows[start : start + size].tolist()):
+        for position, row in enumerate(self.rows[index * size : (index + 1) * size].tolist()):
             try:
                 data, label = self.source.read(row)
                 assembler.put(position, self.transform(data, 0), label, row, hash_key(row))
@@ -144,12 +154,27 @@ class _Guarded(Dataset["Batch | UserError"]):
 
 
 class BatchLoader:
-    """Iterates over whole batches with a DataLoader; a worker's :class:`UserError` is raised as it was."""
+    """Iterates over whole batches with a DataLoader; a worker's :class:`UserError` is raised as it was.
+
+    Args:
+        batches: by item number.
+        indices: the items, in order.
+        workers: processes that build them; 0 builds them here.
+        prefetch_factor: items that each worker is ahead.
+        pin_memory: give page-locked tensors.
+        parts: consecutive items that make one batch.
+    """
 
     def __init__(
-        self, batches: Dataset[Batch], indices: Sequence[int], workers: int, prefetch_factor: int, pin_memory: bool
+        self,
+        batches: Dataset[Batch],
+        indices: Sequence[int],
+        workers: int,
+        prefetch_factor: int,
+        pin_memory: bool,
+        parts: int = 1,
     ) -> None:
-        self.batches, self.indices = batches, indices
+        self.batches, self.indices, self.parts = batches, indices, parts
         self.workers, self.prefetch_factor, self.pin_memory = workers, prefetch_factor, pin_memory
         self._dataloader: DataLoader[Batch | UserError] | None = None
 
@@ -159,7 +184,7 @@ class BatchLoader:
             batch_size=None,
             sampler=self.indices,
             num_workers=self.workers,
-            pin_memory=self.pin_memory,
+            pin_memory=self.pin_memory and self.parts == 1,  # parts are joined in page-locked memory instead
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else it draws a number from the global one
             persistent_workers=self.workers > 0,
@@ -167,15 +192,19 @@ class BatchLoader:
         )
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.indices) // self.parts
 
     def __iter__(self) -> Iterator[Batch]:
         if self._dataloader is None:
             self._dataloader = self._build()
+        parts: list[Batch] = []
         for item in self._dataloader:
             if isinstance(item, UserError):
                 break
-            yield item
+            parts.append(item)
+            if len(parts) == self.parts:
+                yield Batch.join(parts, self.pin_memory) if self.parts > 1 else item
+                parts = []
         else:
             return
         # end the workers now: as part of the cycle exception – traceback – frame they would take 10 s to
@@ -212,9 +241,10 @@ def train_loader(
         UserError: a batch larger than the data set, an odd batch with mixing, repeats that do not divide it.
     """
     layout = Layout(per_device, world, rank, accumulation)
-    batches = TrainBatches(source, cfg, plan_views(views, training=True), layout, seed)
-    indices = range(start_step * accumulation, total_steps * accumulation)
-    return BatchLoader(batches, indices, workers, prefetch_factor, pin_memory)
+    parts = max(1, min(workers, per_device // 2))
+    batches = TrainBatches(source, cfg, plan_views(views, training=True), layout, seed, parts)
+    indices = range(start_step * accumulation * parts, total_steps * accumulation * parts)
+    return BatchLoader(batches, indices, workers, prefetch_factor, pin_memory, parts)
 
 
 def eval_loader(

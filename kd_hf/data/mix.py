@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Mixing:
     stop: int
     lam: float
     box: Box | None = None
+
+    def shifted(self, by: int) -> Mixing:
+        """The same `by` positions later."""
+        return replace(self, start=self.start + by, stop=self.stop + by)
 
 
 def is_mixing(augment: AugmentConfig) -> bool:
@@ -109,6 +113,17 @@ def batch_mixing(
     return tuple(found)
 
 
+def join_mixing(parts: Sequence[Mixing]) -> tuple[Mixing, ...]:
+    """The same coefficients with neighbours that agree as one entry."""
+    joined: list[Mixing] = []
+    for part in parts:
+        if joined and joined[-1].stop == part.start and (joined[-1].lam, joined[-1].box) == (part.lam, part.box):
+            joined[-1] = replace(joined[-1], stop=part.stop)
+        else:
+            joined.append(part)
+    return tuple(joined)
+
+
 def mix_images_(images: Tensor, mixing: Sequence[Mixing]) -> Tensor:
     """Mix float images ``[B, 3, H, W]`` in place with their partners and return them."""
     height, width = images.shape[-2:]
@@ -149,6 +164,10 @@ class Erasing:
 
     position: int
     box: Box
+
+    def shifted(self, by: int) -> Erasing:
+        """The same `by` positions later."""
+        return replace(self, position=self.position + by)
 
 
 ERASE_AREA = (0.02, 1 / 3)  # timm's defaults, used by DeiT and its successors

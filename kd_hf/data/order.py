@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,19 +27,23 @@ class Layout:
         return self.per_device * self.world * self.accumulation
 
     def locate(self, micro_step: int, steps_per_epoch: int) -> tuple[int, int]:
-        """Return (epoch, first position in it) of this rank's part of a micro step counted over the whole run."""
+        """Return (epoch, first position in it) of this rank's part of a micro step counted over the whole run.
+
+        A rank's micro steps are neighbours in the global batch, so that it stays in its own lanes.
+        """
         step, micro = divmod(micro_step, self.accumulation)
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        start = step_in_epoch * self.global_batch + (micro * self.world + self.rank) * self.per_device
+        start = step_in_epoch * self.global_batch + (self.rank * self.accumulation + micro) * self.per_device
         return epoch, start
 
 
 class EpochOrder:
     """The order of all epochs of a run.
 
-    Row groups are permuted by (seed, epoch), `shuffle_block` neighbours form a block, and rows are permuted
-    inside a block, so that a reader needs only one block of row groups at a time. With one row group this is
-    a plain permutation.
+    Row groups are permuted by (seed, epoch), laid end to end and cut into lanes of equal length. Every lane gives the
+    same number of images to each global batch, at fixed places of it; inside a lane, rows are permuted within blocks
+    of about `shuffle_block` row groups. So whoever reads a part of the batch needs one block of its own lanes at a
+    time, and the batches do not depend on who that is. With one row group this is a plain permutation.
 
     Args:
         group_sizes: rows of each row group, in file order.
@@ -47,17 +52,24 @@ class EpochOrder:
         repeats: how often each image occurs in a global batch (repeated augmentation); the epoch keeps its
             number of positions and so shows ``1 / repeats`` of the images.
         global_batch: images per optimiser step.
+        lanes: at most so many; the number used divides the images of a global batch.
 
     Raises:
         UserError: the global batch is larger than the data set, or not a multiple of `repeats`.
     """
 
     def __init__(
-        self, group_sizes: Sequence[int], seed: int, shuffle_block: int, repeats: int = 1, global_batch: int = 1
+        self,
+        group_sizes: Sequence[int],
+        seed: int,
+        shuffle_block: int,
+        repeats: int = 1,
+        global_batch: int = 1,
+        lanes: int = 1,
     ) -> None:
         self._sizes = np.asarray(group_sizes, dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
-        self.seed, self.shuffle_block, self.repeats, self.global_batch = seed, shuffle_block, repeats, global_batch
+        self.seed, self.repeats, self.global_batch = seed, repeats, global_batch
         if global_batch % repeats:
             raise UserError(
                 f"data.augment.repeats: {repeats} does not divide the global batch of {global_batch} images"
@@ -68,6 +80,9 @@ class EpochOrder:
                 f"train.per_device_train_batch_size: the global batch of {global_batch} images (over all processes"
                 f" and accumulation steps) is larger than the data set of {len(self)} images"
             )
+        self.distinct = global_batch // repeats
+        self.lanes = math.gcd(self.distinct, lanes) if len(self._sizes) > 1 else 1
+        self._block = max(1, math.ceil(shuffle_block * len(self) / len(self._sizes)))  # in rows
         self._memo: tuple[int, np.ndarray] | None = None  # of the epoch asked for last; not state: a pure function
 
     def __len__(self) -> int:
@@ -79,16 +94,20 @@ class EpochOrder:
         return len(self) // self.global_batch
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """All rows in the order of `epoch`, int64 ``[len(self)]``."""
+        """Rows of `epoch` by lane and place in it, int64 ``[lanes, len(self) // lanes]``."""
         if self._memo is None or self._memo[0] != epoch:
             self._memo = (epoch, self._permute(epoch))
         return self._memo[1]
 
     def _permute(self, epoch: int) -> np.ndarray:
         draws = generator(self.seed, "order", epoch)
-        groups = draws.permutation(len(self._sizes))
-        blocks = [groups[i : i + self.shuffle_block] for i in range(0, len(groups), self.shuffle_block)]
-        return np.concatenate([draws.permutation(self._rows_of(block)) for block in blocks])
+        rows = self._rows_of(draws.permutation(len(self._sizes)))
+        length = len(rows) // self.lanes
+        lanes = rows[: length * self.lanes].reshape(self.lanes, length)
+        for start in range(0, length, self._block):
+            block = lanes[:, start : start + self._block]
+            lanes[:, start : start + self._block] = draws.permuted(block, axis=1)
+        return lanes
 
     def _rows_of(self, groups: np.ndarray) -> np.ndarray:
         sizes = self._sizes[groups]
@@ -96,18 +115,18 @@ class EpochOrder:
         return np.arange(sizes.sum()) + np.repeat(self._starts[groups] - offsets, sizes)
 
     def rows(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows at positions ``start … stop - 1`` of an epoch.
+        """Rows at positions ``start … stop - 1`` of an epoch's whole global batches.
 
         Returns:
             int64 rows ``[stop - start]`` and, for each, which repeat of the image in its global batch it is.
             A batch holds its images one after the other, then all of them again, so that neighbours differ.
         """
-        if not 0 <= start <= stop <= len(self):
-            raise ValueError(f"positions {start}–{stop} are outside an epoch of {len(self)}")
+        if not 0 <= start <= stop <= self.steps_per_epoch * self.global_batch:
+            raise ValueError(f"positions {start}–{stop} are outside an epoch of {self.steps_per_epoch} global batches")
         batch, inside = np.divmod(np.arange(start, stop), self.global_batch)
-        distinct = self.global_batch // self.repeats
-        repeat, image = np.divmod(inside, distinct)
-        return self.permutation(epoch)[batch * distinct + image], repeat
+        repeat, image = np.divmod(inside, self.distinct)
+        per_lane = self.distinct // self.lanes
+        return self.permutation(epoch)[image // per_lane, batch * per_lane + image % per_lane], repeat
 
 
 def spread_rows(group_sizes: Sequence[int], count: int) -> np.ndarray:

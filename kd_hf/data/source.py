@@ -47,6 +47,12 @@ class Source(ABC):
     def read(self, row: int) -> tuple[bytes, int]:
         """Encoded image and label (-1: none). Raises OSError for a row that cannot be read."""
 
+    lanes = 1
+
+    def expect(self, lanes: int) -> None:
+        """Hear how many sequences of row groups will be read side by side."""
+        self.lanes = lanes
+
     @abstractmethod
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[len]``, -1 where there is none."""
@@ -369,7 +375,8 @@ class StreamedSource(Source):
         self._groups = [(f, g) for f, footer in enumerate(self._footers) for g in range(footer.num_row_groups)]
         self.group_sizes = tuple(self._footers[f].row_group(g).num_rows for f, g in self._groups)
         self._ends = np.cumsum(self.group_sizes)
-        self._where, self._kept = where, cfg.shuffle_block
+        self._where = where
+        self._groups_per_lane = cfg.shuffle_block + 2  # a block does not start at a row group
         self._cache: OrderedDict[int, pyarrow.Table] = OrderedDict()
         self.class_names = self.columns.class_names or _plain_names(self.labels())
 
@@ -384,7 +391,7 @@ class StreamedSource(Source):
 
     def _cached(self, group: int) -> pyarrow.Table:
         if group not in self._cache:
-            while len(self._cache) >= self._kept:
+            while len(self._cache) >= self.lanes * self._groups_per_lane:
                 self._cache.popitem(last=False)
             self._cache[group] = self._table(group, [self.columns.image, self.columns.label])
         self._cache.move_to_end(group)
@@ -463,6 +470,10 @@ class LabelSubset(Source):
     def read(self, row: int) -> tuple[bytes, int]:
         """Encoded image and label; see :class:`Source`."""
         return self.source.read(int(self._rows[row]))[0], int(self._labels[row])
+
+    def expect(self, lanes: int) -> None:
+        """Pass it on."""
+        self.source.expect(lanes)
 
     def labels(self) -> np.ndarray:
         """All labels; see :class:`Source`."""

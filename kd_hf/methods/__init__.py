@@ -31,7 +31,12 @@ def get_method(name: str) -> type[Method]:
     if name not in method_names():
         raise UserError(f"unknown method '{name}'.{nearest(name, method_names())}")
     for entry in entry_points(group=ENTRY_POINTS, name=name):
-        found = entry.load()
+        try:
+            found = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"the entry point '{name}' of group {ENTRY_POINTS} ({entry.value}) does not load: {error}"
+            ) from error
         if isinstance(found, type) and issubclass(found, Method):
             return found
         raise UserError(f"the entry point '{name}' of group {ENTRY_POINTS} is not a Method class: {found!r}")

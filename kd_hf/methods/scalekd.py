@@ -158,6 +158,11 @@ class ScaleKD(Method):
         goal = map_shape("methods.scalekd.teacher_tap", self.target_role, teacher.taps[self.target_role])
         goals = {"s3": _entry_shape(teacher, goal) if "s3" in self.roles else goal, "s4": goal}
         self.views = {stage: self._views(stage) for stage in self.roles}
+        if goal[1:] == (1, 1) and any("alternative" in views for views in self.views.values()):
+            raise UserError(
+                "methods.scalekd.alpha: the alternative view is what a feature has beside its mean over positions, and "
+                "the teacher's last one has a single position; use larger images, or 0 for the second number"
+            )
         self.entry_grid = goals["s3"][1:]
         self.macs = 0
         self.projectors = nn.ModuleDict()

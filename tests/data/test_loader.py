@@ -112,7 +112,7 @@ def test_ranks_and_micro_steps_together_are_the_global_batch(world, accumulation
         for rank in range(world)
     ]
     for step, whole in enumerate(batches(cfg=cfg)):
-        pieces = [parts[rank][step * accumulation + micro] for micro in range(accumulation) for rank in range(world)]
+        pieces = [parts[rank][step * accumulation + micro] for rank in range(world) for micro in range(accumulation)]
         assert torch.equal(torch.cat([piece.key for piece in pieces]), whole.key)
         done = [stage(piece) for piece in pieces]
         images, target = stage(whole)

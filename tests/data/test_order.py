@@ -1,3 +1,6 @@
+import math
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -62,8 +65,8 @@ def test_global_batches_do_not_depend_on_their_division(world, accumulation):
     per_device = 16 // world // accumulation
     for step in range(2 * order.steps_per_epoch):
         rows = []
-        for micro in range(accumulation):
-            for rank in range(world):
+        for rank in range(world):
+            for micro in range(accumulation):
                 layout = Layout(per_device, world, rank, accumulation)
                 epoch, start = layout.locate(step * accumulation + micro, order.steps_per_epoch)
                 rows += order.rows(epoch, start, start + per_device)[0].tolist()
@@ -71,8 +74,51 @@ def test_global_batches_do_not_depend_on_their_division(world, accumulation):
         assert rows == order.rows(epoch, inside * 16, inside * 16 + 16)[0].tolist()
 
 
+SIZES = (10,) * 33 + (7,)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 64])
+def test_lanes_show_every_row_at_most_once(lanes):
+    order = EpochOrder(SIZES, seed=1, shuffle_block=2, global_batch=24, lanes=lanes)
+    assert order.lanes == math.gcd(24, lanes)
+    epochs = [order.rows(epoch, 0, order.steps_per_epoch * 24)[0] for epoch in range(3)]
+    for rows in epochs:
+        assert len(set(rows.tolist())) == len(rows) == sum(SIZES) // 24 * 24
+    assert len(set(np.concatenate(epochs).tolist())) > 0.98 * sum(SIZES)  # what one epoch leaves out, others show
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_ranks_read_row_groups_of_their_own(world):
+    order = EpochOrder(SIZES, seed=1, shuffle_block=2, global_batch=32, lanes=8)
+    groups = []
+    for rank in range(world):
+        layout = Layout(32 // world, world, rank)
+        starts = [layout.locate(step, order.steps_per_epoch)[1] for step in range(order.steps_per_epoch)]
+        groups.append({row // 10 for start in starts for row in order.rows(0, start, start + 32 // world)[0].tolist()})
+    for left, right in pairwise(groups):
+        assert len(left & right) <= 1  # a group on the border between two lanes
+    assert sum(map(len, groups)) <= len(SIZES) + world - 1
+
+
+def test_a_lane_shuffles_one_block_at_a_time():
+    order = EpochOrder((10,) * 40, seed=0, shuffle_block=2, global_batch=4, lanes=4)
+    lanes = order.permutation(0)
+    assert lanes.shape == (4, 100)
+    for lane in lanes:
+        blocks = [set((lane[start : start + 20] // 10).tolist()) for start in range(0, 100, 20)]
+        assert all(len(block) <= 3 for block in blocks)
+        assert not np.array_equal(np.sort(lane[:20]), lane[:20])
+    assert not np.array_equal(lanes[0] % 20, lanes[1] % 20)
+
+
+def test_one_row_group_is_shuffled_whole():
+    order = EpochOrder((1000,), seed=0, shuffle_block=1, global_batch=8, lanes=64)
+    assert order.lanes == 1
+    assert np.abs(order.rows(0, 0, 8)[0] - np.arange(8)).mean() > 100
+
+
 def test_positions_outside_an_epoch():
-    with pytest.raises(ValueError, match="outside an epoch of 10"):
+    with pytest.raises(ValueError, match="outside an epoch of 10 global batches"):
         EpochOrder((10,), 0, 1).rows(0, 8, 11)
 
 

@@ -115,6 +115,13 @@ def test_only_what_learns_is_built():
         scalekd(alpha={"s3": (0.1, 0.1)})
 
 
+def test_a_single_position_has_no_alternative_view():
+    point = {"target": (16, 1, 1)}
+    with pytest.raises(UserError, match=r"methods\.scalekd\.alpha: .* single position; use larger images, or 0"):
+        scalekd({"s4": BOTH["s4"]}, point)
+    assert list(scalekd({"s4": BOTH["s4"]}, point, alpha=(0.08, 0.0)).projectors) == ["s4_spatial"]
+
+
 @pytest.mark.parametrize("stage", ["s3", "s4"])
 def test_one_stage_alone(stage):
     student = {stage: BOTH[stage]}

@@ -1,0 +1,109 @@
+"""A method of another package: installed by pip, found by its entry point, checked, and trained by a recipe."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd_hf.callbacks import read_log
+from tests.runs import ROOT, TEACHER, environment, recipe_file, run
+
+PROJECT = """\
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "yourpackage"
+version = "0.1"
+
+[project.entry-points."kd_hf.methods"]
+pooled_l1 = "yourpackage:PooledL1"
+not_a_method = "yourpackage:SETTINGS"
+moved_away = "yourpackage:Gone"
+
+[tool.setuptools]
+py-modules = ["yourpackage"]
+"""
+MODULE = '''\
+"""The example of kd_hf's README."""
+
+{example}
+
+SETTINGS = {{"tap": "pre_logits"}}
+'''
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with the package as pip installs it."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    (source / "pyproject.toml").write_text(PROJECT)
+    (source / "yourpackage.py").write_text(MODULE.format(example=example.strip()))
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
+    done = run("pip", "install", *offline, "--target", str(target), str(source))
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def python(package: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """``python …`` that sees this checkout and the package."""
+    seen = environment() | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(package)))}
+    return subprocess.run(
+        [sys.executable, *args], env=seen, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def train(package: Path, folder: Path, methods: dict) -> subprocess.CompletedProcess[str]:
+    """Two steps with these methods."""
+    blocks = {"teacher": TEACHER, "methods": methods, "train": {"max_steps": 2}}
+    return python(package, "-m", "kd_hf.train", str(recipe_file(folder / "recipe.yaml", folder / "run", blocks)))
+
+
+def test_it_is_listed_and_keeps_the_contract(installed):
+    code = "; ".join(
+        (
+            "from kd_hf.methods import get_method, method_names",
+            "from kd_hf.testing import check_method",
+            "check_method(get_method('pooled_l1'))",
+            "print(*method_names())",
+        )
+    )
+    done = python(installed, "-c", code)
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert names == sorted(names)
+    assert {"pooled_l1", "kd", "task"} <= set(names)
+
+
+def test_a_recipe_trains_with_it(installed, tmp_path):
+    done = train(installed, tmp_path, {"pooled_l1": {"weight": 2.0, "tap": "pre_logits"}})
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in read_log(tmp_path / "run") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["task/ce"] + 2.0 * line["pooled_l1/l1"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"not_a_method": {}}, "the entry point 'not_a_method' of group kd_hf.methods is not a Method class"),
+        ({"moved_away": {}}, "'moved_away' of group kd_hf.methods (yourpackage:Gone) does not load: module"),
+        ({"pooled_l1": {"tapp": "pre_logits"}}, "Did you mean 'tap'?"),
+        ({"pooled_l2": {}}, "Did you mean 'pooled_l1'?"),
+    ],
+)
+def test_mistakes_end_in_one_line(installed, tmp_path, methods, message):
+    done = train(installed, tmp_path, methods)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("kd_hf: error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
