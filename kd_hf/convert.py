@@ -1,8 +1,8 @@
 """Convert: ``python -m kd_hf.convert CHECKPOINT --arch ARCH -o DIR`` → a model folder in safetensors.
 
 CHECKPOINT is what the authors' code saved: OpenMMLab's (cls_KD, ScaleKD; 0.x and 1.0, before or after their
-``pth_transfer``), DeiT's (soft and hard distillation, manifold, [CLS]-KD), VkD's or timm's, or bare weights. ARCH is the
-network it holds, named as in a recipe. Nothing in the file is run, and every weight must find its place.
+``pth_transfer``), DeiT's (soft and hard distillation, manifold, [CLS]-KD), VkD's or timm's, or bare weights. ARCH is
+the network it holds, named as in a recipe. Nothing in the file is run, and every weight must find its place.
 
     ResNet-50, also of cls_KD            --arch resnet50
     ResNetV1d-50                         --arch resnet50d
@@ -111,7 +111,7 @@ def _read_labels(source: str | Path, count: int) -> tuple[str, ...]:
         if str(source) != IMAGENET:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise UserError(
-                f"--label-names: cannot read '{source}' ({reason}); give a text file with one name per line, or {IMAGENET}"
+                f"--label-names: cannot read '{source}' ({reason}); give a file with one name per line, or {IMAGENET}"
             ) from error
         names = ImageNetInfo(IMAGENET).label_names()
     names = [name.strip() for name in names if name.strip()]

@@ -123,7 +123,7 @@ class DistillModule(nn.Module):
 
     def draw(self, draws: Draws) -> dict[str, Mapping[str, Tensor]]:
         """Random tensors of every method for a batch, by block name."""
-        return {name: method.draw(draws) for name, method in self._named_methods()}
+        return {name: method.draw(draws) for name, method in self.named_methods()}
 
     def forward(
         self,
@@ -147,7 +147,7 @@ class DistillModule(nn.Module):
         """
         seen = self.student(pixels)
         losses: dict[str, Tensor] = {}
-        for name, method in self._named_methods():
+        for name, method in self.named_methods():
             if active is not None and name not in active:
                 continue
             choice = self.choices[name]
@@ -156,7 +156,8 @@ class DistillModule(nn.Module):
             losses.update({f"{name}/{part}": value for part, value in parts.items()})
         return losses
 
-    def _named_methods(self) -> list[tuple[str, Method]]:
+    def named_methods(self) -> list[tuple[str, Method]]:
+        """Methods by block name, typed."""
         return list(self.methods.items())  # type: ignore[arg-type]
 
 

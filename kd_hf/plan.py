@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from kd_hf.methods.base import Method
 
 
+# training images of data sets that recipes name, so that steps are known without opening them
+_KNOWN_SIZES = {"ILSVRC/imagenet-1k": 1_281_167, "builtin:digits": 1_078}
+
+
 def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     """Facts about a run, as plain values; :func:`describe` turns them into text.
 
@@ -27,7 +31,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         processes: number of processes it will be launched with.
     """
     from kd_hf.assemble import assemble, with_untrained_teachers
-    from kd_hf.data.mix import is_mixing
+    from kd_hf.cost import memory_bytes, step_cost
     from kd_hf.recipe import recipe_hash
 
     described = with_untrained_teachers(recipe)
@@ -35,11 +39,10 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     parts = assemble(described, num_classes=num_classes, device="meta")
     train = recipe.train
     batch = train.per_device_train_batch_size * processes * train.gradient_accumulation_steps
-    augment = recipe.data.augment
-    random = [name for name in ("auto_augment", "color_jitter", "erasing") if getattr(augment, name)]
+    cost = step_cost(parts)
     return {
         "recipe_hash": recipe_hash(recipe),
-        "networks": {name: _network(parts, name) for name in parts.views()},
+        "networks": {name: _network(parts, name) | {"macs_per_image": cost.flops[name] // 2} for name in parts.views()},
         "classes_assumed": num_classes is None,
         "methods": {choice.name: _method(parts, choice) for choice in parts.choices},
         "trained_parameters": sum(p.numel() for p in parts.module.parameters() if p.requires_grad),
@@ -47,12 +50,59 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "processes": processes,
         "optim": train.optim,
         "learning_rate": train.learning_rate,
-        "length": f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs:g} epochs",
-        "augmentation": ["crop", "flip", *random, *(["mixing"] if is_mixing(augment) else [])],
+        "length": _length(recipe, batch),
+        "cost_over_plain_training": round(cost.relative, 2),
+        "memory_per_process_gib": {
+            name: round(size / 2**30, 2) for name, size in memory_bytes(parts, cost, train).items()
+        },
+        "augmentation": _random(recipe),
         "order": "the image at (seed, epoch, position) is a pure function: the same on any number of processes "
         "and workers, and after a resume",
         "batch_coupled": [choice.name for choice in parts.choices if choice.needs.batch_coupled],
+        "warnings": _warnings(parts),
     }
+
+
+def _length(recipe: Recipe, batch: int) -> str:
+    """Steps and epochs, as far as they are known without opening data."""
+    train, images = recipe.train, _KNOWN_SIZES.get(recipe.data.path)
+    if images is None or recipe.data.num_labels:
+        return f"{train.max_steps} steps" if train.max_steps else f"{train.num_train_epochs:g} epochs"
+    every = max(1, images // batch)
+    steps = train.max_steps or round(train.num_train_epochs * every)
+    return f"{steps:,} steps, {every:,} an epoch, {steps / every:.4g} epochs"
+
+
+def _random(recipe: Recipe) -> list[str]:
+    """What is drawn for every image."""
+    augment = recipe.data.augment
+    drawn = {
+        "crop": augment.crop.kind != "resize",
+        "flip": augment.hflip > 0,
+        "RandAugment": bool(augment.auto_augment),
+        "colour": augment.color_jitter > 0 and not augment.auto_augment,
+        "erasing": augment.erasing > 0,
+        "mixup": augment.mixup > 0,
+        "cutmix": augment.cutmix > 0,
+    }
+    return [name for name, is_drawn in drawn.items() if is_drawn]
+
+
+def _warnings(parts: Assembly) -> list[str]:
+    """What a person should look at before starting."""
+    found = []
+    for name, handle in parts.teachers.items():
+        own, fed = handle.info.native, parts.views()[name]
+        if own is not None and own.image_size != fed.image_size:
+            found.append(f"{name} was made for {own.image_size} px and is shown {fed.image_size} px")
+        if own is not None and (own.mean, own.std) != (fed.mean, fed.std):
+            found.append(f"{name} is shown images with another mean and std than its own")
+    for name, handle in (("student", parts.student), *parts.teachers.items()):
+        if not handle.info.stages and not handle.info.blocks:
+            found.append(f"{name}: {handle.info.name} is of a family without named stages or blocks")
+    if len(parts.choices) == 1 and parts.teachers:
+        found.append("no method reads the teacher")
+    return found
 
 
 def _num_classes(recipe: Recipe) -> int | None:
@@ -99,7 +149,7 @@ def describe(plan: dict[str, Any]) -> str:
     for name, net in plan["networks"].items():
         lines.append(
             f"{name:10} {net['model']} ({net['library']}), {net['parameters'] / 1e6:.2f} M parameters, "
-            f"{net['classes']} classes, {net['image_size']} px"
+            f"{net['macs_per_image'] / 1e9:.2f} G MACs, {net['classes']} classes, {net['image_size']} px"
         )
         lines += [f"{'':10}   tap {tap} {shape}" for tap, shape in net["taps"].items()]
     for name, method in plan["methods"].items():
@@ -114,12 +164,16 @@ def describe(plan: dict[str, Any]) -> str:
         f"trained    {plan['trained_parameters'] / 1e6:.2f} M parameters, {plan['optim']} at "
         f"{plan['learning_rate']:g}, {plan['length']}",
         f"batch      {plan['global_batch']} images a step over {plan['processes']} process(es)",
-        f"random     {', '.join(plan['augmentation'])}",
+        f"cost       {plan['cost_over_plain_training']:.2f} times the FLOPs of training the student alone",
+        f"memory     about {sum(plan['memory_per_process_gib'].values()):.1f} GiB a process: "
+        + ", ".join(f"{name} {size:.2f}" for name, size in plan["memory_per_process_gib"].items()),
+        f"random     {', '.join(plan['augmentation']) or 'nothing'}",
         f"order      {plan['order']}",
     ]
     if plan["batch_coupled"]:
         names = ", ".join(plan["batch_coupled"])
         lines.append(f"coupled    {names}: this loss mixes the images of one process's batch, so its size matters")
+    lines += [f"warning    {text}" for text in plan["warnings"]]
     return "\n".join(lines)
 
 

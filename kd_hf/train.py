@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,12 +59,21 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m kd_hf.train", description="Distil a student as a recipe says.")
     parser.add_argument("recipe", help="a recipe file, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.learning_rate=1e-3")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two steps on noise with random weights, export and reload; keeps nothing"
+    )
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a busy machine
 
     from kd_hf.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.smoke:
+        from kd_hf.smoke import smoke
+
+        with tempfile.TemporaryDirectory() as folder:
+            _say(smoke(recipe, Path(folder)))
+        return 0
     output = train_recipe(recipe)
     if is_main_process() and not output.stopped_by:
         from kd_hf.report import finish_report

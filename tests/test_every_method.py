@@ -53,11 +53,9 @@ def test_coupling_is_declared(name):
     whole = step.losses(BATCH)
     halves = [step.losses(rows) for rows in (BATCH[:PER_RANK], BATCH[PER_RANK:])]
     own = [key for key in whole if key.startswith(f"{name}/")]
-    separate = all(
-        torch.isclose((halves[0][key] + halves[1][key]) / 2, whole[key], rtol=1e-5, atol=0) for key in own
-    )
+    separate = all(torch.isclose((halves[0][key] + halves[1][key]) / 2, whole[key], rtol=1e-5, atol=0) for key in own)
     assert step.needs.batch_coupled == (not separate)
-    assert step.needs.batch_coupled or not batch_norm
+    assert step.needs.batch_coupled >= batch_norm
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -105,11 +103,11 @@ SHORT = (
     "train.cpu_threads=1",
     "train.use_cpu=true",
 )
+TEACHER = ("train.max_steps=120",)
 STUDENT = ("train.max_steps=80", "train.per_device_train_batch_size=32", "baseline=null")
-# methods on tokens; transformers learn a digit late, so beside these losses stays `kd` and images are not shifted
-TRANSFORMERS = ("quickstart_vit", ("train.max_steps=120", "data.augment.crop.padding=0"))
-QUICKSTART = ("quickstart", ("train.max_steps=100",))
-RECIPES = {name: TRANSFORMERS for name in ("cls_kd", "manifold", "scalekd", "vitkd")}
+# methods on tokens; transformers learn to read late, so `kd` stays beside them and digits are not shifted
+RECIPES = dict.fromkeys(("cls_kd", "manifold", "scalekd", "vitkd"), "quickstart_vit")
+EASIER = {"quickstart": (), "quickstart_vit": ("data.augment.crop.padding=0",)}
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +115,9 @@ def trained_teacher(tmp_path_factory):
     """Trains the teacher of a quick start when it is first asked for; gives its run folder."""
 
     @cache
-    def train(recipe, options):
+    def train(recipe):
         folder = tmp_path_factory.mktemp(recipe)
-        overrides = [*SHORT, *options, f"train.output_dir={folder}"]
+        overrides = [*SHORT, *TEACHER, *EASIER[recipe], f"train.output_dir={folder}"]
         train_recipe(load_recipe(ROOT / "recipes" / f"{recipe}_teacher.yaml", overrides))
         return folder
 
@@ -128,15 +126,14 @@ def trained_teacher(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ALL)
 def test_it_trains_in_the_quick_start(tmp_path, trained_teacher, name):
-    recipe, options = RECIPES.get(name, QUICKSTART)
+    recipe = RECIPES.get(name, "quickstart")
     file = ROOT / "recipes" / f"{recipe}.yaml"
-    kept = ("task", "kd", name) if name in RECIPES else ("task", name)
-    others = [f"methods.{other}=false" for other in load_recipe(file).methods if other not in kept]
-    teacher = ("teacher.recipe=null", f"teacher.model={trained_teacher(recipe, options)}")
-    overrides = [*SHORT, *options, *STUDENT, *teacher, *others, f"methods.{name}={{}}", f"train.output_dir={tmp_path}"]
+    kept = {"task", name} | ({"kd"} if name in RECIPES else set())
+    methods = [f"methods.{other}=false" for other in load_recipe(file).methods if other not in kept]
+    methods += [f"methods.{name}={{}}", "teacher.recipe=null", f"teacher.model={trained_teacher(recipe)}"]
+    overrides = [*SHORT, *STUDENT, *EASIER[recipe], *methods, f"train.output_dir={tmp_path}"]
     output = train_recipe(load_recipe(file, overrides))
     lines = [line for line in read_log(tmp_path) if "loss" in line]
     losses = [sum(value for key, value in line.items() if key.startswith(f"{name}/")) for line in lines]
-    print(name, output.metrics["eval_top1"], losses[0], losses[-1])
     assert losses[-1] < losses[0]
     assert output.metrics["eval_top1"] > 30  # of 10 classes

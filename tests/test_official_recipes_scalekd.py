@@ -1,4 +1,4 @@
-"""ScaleKD's 17 official configurations, written out here from the authors' files, against what the recipes resolve to."""
+"""ScaleKD's 17 official configurations, written out from the authors' files, against what the recipes resolve to."""
 
 from __future__ import annotations
 
@@ -86,6 +86,21 @@ class Row(NamedTuple):
     test_edge: int = 256
 
 
+# where the authors read the student as s3 and s4, and what makes timm's network theirs
+STUDENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "resnet50": ("stage:3", "stage:4", {}),
+    "resnet50d": ("stage:3", "stage:4", {}),
+    "kd_hf/mobilenetv1_relu": ("stage:-2", "stage:-1", {}),
+    "convnext_tiny": ("stage:3", "module:norm_pre", {"head_norm_first": True}),
+    "swin_tiny_patch4_window7_224": ("stage:3", "tokens:patch", {}),
+    "kd_hf/vit_small_patch16_gap": ("block:8", "tokens:patch", {}),
+    "kd_hf/vit_base_patch16_gap": ("block:8", "tokens:patch", {}),
+    "kd_hf/vit_base_patch14_gap": ("block:8", "tokens:patch", {}),
+    "mixer_s16_224": ("block:5", "block:7", {}),
+    "mixer_b16_224": ("block:9", "block:11", {}),
+    "kd_hf/mixer_b14": ("block:9", "block:11", {}),
+    "eva02_small_patch14_336": ("block:9", "block:11", {"scale_mlp": True, "attn_type": "rope"}),
+}
 P = Projector
 LS, BCE = ("cross_entropy", 0.1), ("bce", 0.0)
 RES50 = Row(
@@ -168,6 +183,9 @@ def test_networks_and_what_they_are_shown(pair):
     _, row, recipe = pair
     student, teacher = recipe.student, recipe.teacher
     assert (student.model, student.pretrained, student.drop_path) == (row.student, False, row.drop_path)
+    *taps, arguments = STUDENTS[row.student]
+    assert student.kwargs == arguments
+    assert recipe.methods["scalekd"].options["taps"] == dict(zip(("s3", "s4"), taps, strict=True))
     model, drop_path = row.teacher
     assert teacher.model == model
     # without stochastic depth, train mode is eval mode
@@ -186,7 +204,7 @@ def test_losses(pair):
     task, scalekd = recipe.methods["task"].options, recipe.methods["scalekd"]
     assert set(recipe.methods) == {"task", "scalekd"} | ({"kd"} if row.kd else set())
     weight = recipe.methods["task"].weight
-    assert (weight.one_minus if row.kd else weight) == ("kd" if row.kd else 1.0)
+    assert getattr(weight, "one_minus", weight) == ("kd" if row.kd else 1.0)
     if row.kd:
         assert (recipe.methods["kd"].weight, recipe.methods["kd"].options) == (0.5, {"temperature": 1.0})
     assert (task["loss"], task["label_smoothing"]) == row.loss
@@ -280,13 +298,21 @@ def test_the_rate_at_every_tenth_of_an_epoch(pair):
 # parameters of all projectors in millions, as counted in the authors' code; Swin-S less the view whose factor is 0
 BUILT = {
     "swin_res50": 119.3 - 47.5,
+    "swin_res50_advanced": 119.3 - 47.5,
     "swin_b_res50": 134.6,
+    "swin_l_res50": 176.0,
     "swin_l_mobilenetv1": 97.0,
+    "swin_l_mobilenetv1_advanced": 97.0,
+    "swin_l_res50_advanced": 176.0,
+    "swin_l_vit_b16": 94.2,
     "swin_l_vit_s16": 74.4,
     "swin_l_convnext_t": 84.6,
     "swin_l_swin_t": 84.6,
     "swin_l_mixer_s16": 79.8,
+    "swin_l_mixer_b16": 94.2,
     "eva_l_res50": 154.3,
+    "eva_l_vit_b14": 75.0,
+    "eva_l_mixer_b14": 75.0,
     "eva_l_eva02_s14": 56.7,
 }
 
@@ -318,3 +344,10 @@ def test_projectors_have_the_official_shapes(name):
 def test_eva02_is_the_authors_variant():
     parts = assemble(load_recipe(path("eva_l_eva02_s14")), device="meta")
     assert parts.student.info.parameters == 22_158_184
+
+
+def test_four_machines_with_eight_gpus():
+    launcher = yaml.safe_load((ROOT / "accelerate_configs" / "4x8gpu.yaml").read_text(encoding="utf-8"))
+    assert launcher["num_processes"] == 32 and launcher["num_machines"] == 4  # the processes of all machines together
+    assert (launcher["distributed_type"], launcher["mixed_precision"]) == ("MULTI_GPU", "no")
+    assert {"machine_rank", "main_process_ip", "main_process_port", "rdzv_backend", "same_network"} <= set(launcher)

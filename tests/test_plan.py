@@ -42,12 +42,12 @@ def test_what_a_launch_will_do(planned):
     run, plan = planned
     assert plan["global_batch"] == 3 * 8
     assert plan["recipe_hash"] == recipe_hash(run)
-    assert plan["length"] == "4 steps"
+    assert plan["length"] == "4 steps, 44 an epoch, 0.09091 epochs"
     assert plan["methods"].keys() == {"task", "mgd", "kd"}
     assert plan["methods"]["mgd"]["until"] == "0.9"
     assert plan["methods"]["kd"]["weight"]["warmup"] == [0, 1, "2 epochs"]
     assert plan["methods"]["kd"]["options"] == {"temperature": 4.0}
-    assert {"mixing", "erasing"} <= set(plan["augmentation"])
+    assert {"mixup", "erasing"} <= set(plan["augmentation"])
     assert "auto_augment" not in plan["augmentation"]
 
 

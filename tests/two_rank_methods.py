@@ -1,4 +1,4 @@
-"""One step of every method on tiny networks, as one process takes it or as two do: the latter is
+"""A step of every method on tiny networks, as one process takes it, or as two do:
 
 ``accelerate launch --config_file accelerate_configs/2cpu.yaml -m tests.two_rank_methods FOLDER``
 """

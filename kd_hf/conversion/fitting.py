@@ -24,8 +24,8 @@ def name_weights(student: StudentWeights, handle: ModelHandle) -> Named:
 
 def count_classes(named: Named, handle: ModelHandle) -> int | None:
     """How many classes the checkpoint's classifier tells apart; None when it has none."""
-    rows = (len(tensor) for _, ours, tensor in named if ours == f"{handle.info.head}.weight")
-    return next(rows, None)
+    classifier = f"{handle.info.head}.weight"
+    return next((tensor.shape[0] for _, ours, tensor in named if ours == classifier and tensor.ndim), None)
 
 
 def fit_weights(named: Named, student: StudentWeights, handle: ModelHandle, checkpoint: str) -> dict[str, Tensor]:

@@ -75,8 +75,8 @@ def find_student(checkpoint: Checkpoint, choice: str = "auto") -> StudentWeights
     return _split(entry, tensors)
 
 
-def enumerate_names(names: list[str], shown: int = 4) -> str:
-    """The first few names and how many there are: ``a, b, c, d, … (17)``."""
+def enumerate_names(names: list[str], shown: int = 3) -> str:
+    """The first few names and how many there are: ``a, b, c, … (17 in all)``."""
     more = f", … ({len(names)} in all)" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 

@@ -38,9 +38,8 @@ def _without_unused_class_token(name: str, tensor: Tensor, fit: Fit) -> Tensor |
         return tensor
     if name == "cls_token":
         return None
-    if name == "pos_embed" and name in fit.wanted and tensor.shape[1] == fit.wanted[name].shape[1] + 1:
-        return tensor[:, 1:]
-    return tensor
+    without = tensor[:, 1:] if name == "pos_embed" and tensor.ndim == 3 else tensor
+    return without if name in fit.wanted and without.shape == fit.wanted[name].shape else tensor
 
 
 def _merged_as_timm(name: str, tensor: Tensor, fit: Fit) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""Read a checkpoint of other code: its tensors and plain containers, while nothing the file names is imported or run."""
+"""Read a checkpoint of other code: its tensors and plain containers; nothing that the file names is imported or run."""
 
 from __future__ import annotations
 
 import pickle
-import zipfile
+import tarfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,12 +29,14 @@ class Inert:
     """Stands for an object of any other class or function: bears whatever a pickle does to it and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        """Take any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        """A function of another name, or a method of it, is not called either."""
         return self
 
     def _ignore(self, *args: Any) -> None:
@@ -66,6 +68,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         others = [other.name for other in folder.iterdir() if other.is_file()] if folder.is_dir() else []
         what = "is a folder, not a checkpoint file" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint '{path}' {what}.{nearest(path.name, others)}")
+    if tarfile.is_tarfile(path):
+        raise UserError(f"checkpoint '{path}' is a tar archive; unpack it and give the file in it")
     if _is_torchscript(path):
         raise UserError(f"checkpoint '{path}' is a TorchScript program, which would run; expected a dict of weights")
     foreign: set[str] = set()
@@ -92,10 +96,11 @@ def _load(path: Path, foreign: set[str]) -> Any:
 
 def _is_torchscript(path: Path) -> bool:
     """True for an archive that torch.load would hand over to its just-in-time compiler."""
-    if not zipfile.is_zipfile(path):
+    try:
+        # torch's own reader, for another could see other names in a file that was made to deceive
+        return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError:  # no archive
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _restricted_pickle(foreign: set[str]) -> SimpleNamespace:

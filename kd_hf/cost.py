@@ -1,0 +1,104 @@
+"""What a run costs, found without running it: FLOPs and saved activations on the meta device, memory of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kd_hf.assemble import Assembly
+from kd_hf.config import TrainConfig
+from kd_hf.models.taps import TappedModel
+
+GIB = 2**30
+# tensors of a parameter's size that an optimiser keeps; others are taken as Adam-like
+_STATES = {"sgd": 1, "momentum": 1, "nesterov": 1, "rmsprop": 2, "lion": 1}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one image: forward FLOPs by network and method; bytes kept for the backward pass in float32."""
+
+    flops: Mapping[str, int]
+    method_flops: Mapping[str, int]
+    activation_bytes: int
+
+    @property
+    def relative(self) -> float:
+        """FLOPs of a training step over those of plain training of the student (backward = twice forward)."""
+        student = 3 * self.flops["student"]
+        teachers = sum(value for name, value in self.flops.items() if name != "student")
+        return (student + teachers + 3 * sum(self.method_flops.values())) / max(student, 1)
+
+
+def step_cost(parts: Assembly) -> StepCost:
+    """Count a step of one image; `parts` must be on the meta device."""
+    views = parts.views()
+    flops = {}
+    for name, model in (("student", parts.module.student), *parts.tapped_teachers.items()):
+        flops[name] = _forward_flops(model, views[name].image_size)
+    methods = {name: 2 * method.cost().macs for name, method in parts.module.named_methods()}
+    return StepCost(flops, methods, _saved_bytes(parts.module.student, views["student"].image_size))
+
+
+def _pixels(model: nn.Module, size: int, batch: int) -> Tensor:
+    reference = next(model.parameters())
+    return torch.zeros(batch, 3, size, size, device=reference.device, dtype=reference.dtype)
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+def _forward_flops(model: TappedModel, size: int) -> int:
+    with _mode(model, False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(_pixels(model, size, 1))
+    return counter.get_total_flops()
+
+
+def _saved_bytes(model: TappedModel, size: int) -> int:
+    """Bytes per image that autograd keeps, parameters left out; measured at batch 2 for BatchNorm's sake."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
+        held.append(tensor)  # alive, so that no other tensor takes its place
+        return tensor
+
+    held: list[Any] = []
+    with _mode(model, True), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(_pixels(model, size, 2))
+    return sum(kept.values()) // 2
+
+
+def memory_bytes(parts: Assembly, cost: StepCost, train: TrainConfig) -> dict[str, int]:
+    """An estimate of one process's memory, by what it holds."""
+    trained = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
+    student = sum(p.numel() for p in parts.module.student.parameters())
+    half = train.bf16 or train.fp16
+    teachers = sum(handle.info.parameters for handle in parts.teachers.values())
+    found = {
+        "weights": 4 * trained,
+        "gradients": 4 * trained,
+        "optimiser": 4 * trained * _STATES.get(train.optim.lower(), 2),
+        "average": 4 * student if train.ema else 0,
+        "teachers": (2 if half else 4) * teachers,
+        # autocast keeps most activations in half precision
+        "activations": cost.activation_bytes * train.per_device_train_batch_size // (2 if half else 1),
+    }
+    return {name: size for name, size in found.items() if size}

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from timm.models.swin_transformer import PatchMerging
+from torch import nn
+from torch.nn import functional as F
+
+from kd_hf.conversion.fitting import fit_weights, name_weights
+from kd_hf.conversion.layouts import StudentWeights
+from kd_hf.errors import UserError
+from kd_hf.models.load import load_model
+from tests.conversion.official import OFFICIAL, Official, build, logits_of, official_state, randomise
+from tests.models.families import SWIN, VIT
+
+
+def converted(state, one, classes=5):
+    """A network with other weights that has taken over those of the checkpoint."""
+    handle = load_model(one.arch, num_classes=classes, image_size=one.size, kwargs=one.kwargs)
+    student = StudentWeights("", dict(state))
+    handle.network.load_state_dict(fit_weights(name_weights(student, handle), student, handle, "x.pth"))
+    return handle, student
+
+
+@pytest.mark.parametrize("key", OFFICIAL)
+def test_a_converted_network_computes_the_same(key):
+    one = OFFICIAL[key]
+    original = build(one)
+    handle, _ = converted(official_state(one, original), one)
+    assert torch.equal(logits_of(handle.network, one.size), logits_of(original.network, one.size))
+
+
+@pytest.mark.parametrize("key", ["vit-gap", "swin"])
+def test_what_has_no_use_is_named(key):
+    one = OFFICIAL[key]
+    state = official_state(one, build(one))
+    _, student = converted(state, one)
+    assert student.left_out
+    assert all("cls_token" in name or "position_index" in name or ".norm" in name for name in student.left_out)
+
+
+def test_a_class_token_in_use_is_not_dropped():
+    with_token = OFFICIAL["deit"]
+    state = official_state(with_token, build(with_token))
+    with pytest.raises(UserError, match=r"1 not known to the network: backbone\.cls_token.*pos_embed 1×5×32 instead"):
+        converted(state, Official("kd_hf/vit_small_patch16_gap", [], VIT))
+
+
+def test_patch_merging_agrees_with_unfolding():
+    """OpenMMLab merges with ``nn.Unfold``, so its 4C features are ordered (channel, row, column)."""
+    one = OFFICIAL["swin"]
+    handle = build(one)
+    state = official_state(one, handle)
+    norm = [torch.rand(64), torch.rand(64)]
+    reduction = torch.randn(32, 64)
+    state["backbone.stages.0.downsample.norm.weight"], state["backbone.stages.0.downsample.norm.bias"] = norm
+    state["backbone.stages.0.downsample.reduction.weight"] = reduction
+
+    pixels = torch.randn(2, 16, 8, 6)
+    unfolded = F.unfold(pixels, kernel_size=2, stride=2).transpose(1, 2)  # [B, 12, 4C]
+    expected = F.linear(F.layer_norm(unfolded, (64,), *norm), reduction)
+
+    merging = converted(state, one)[0].network.layers[1].downsample
+    assert isinstance(merging, PatchMerging)
+    torch.testing.assert_close(merging(pixels.permute(0, 2, 3, 1)).flatten(1, 2), expected)
+
+
+def test_resnet_for_small_images():
+    """The CIFAR ResNet differs in its first convolution and has the same names."""
+    handles = [load_model("resnet18", num_classes=7) for _ in range(2)]
+    for handle in handles:
+        handle.network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        handle.network.maxpool = nn.Identity()
+        randomise(handle.network)
+    original, target = handles
+    original.network.conv1.weight.data.mul_(2)
+    student = StudentWeights("", official_state(OFFICIAL["resnet"], original))
+    target.network.load_state_dict(fit_weights(name_weights(student, target), student, target, "x.pth"))
+    assert torch.equal(logits_of(target.network, 32), logits_of(original.network, 32))
+
+
+@pytest.mark.parametrize("key", OFFICIAL)
+def test_a_name_that_is_not_in_the_tables_is_refused(key):
+    one = OFFICIAL[key]
+    state = official_state(one, build(one))
+    with pytest.raises(UserError, match=r"1 not known to the network: backbone\.layers\.0\.extra$"):
+        converted({**state, "backbone.layers.0.extra": torch.zeros(1)}, one)
+
+
+def test_another_network():
+    one = OFFICIAL["resnet-v1d"]
+    state = official_state(one, build(one))
+    with pytest.raises(UserError) as caught:
+        converted(state, OFFICIAL["resnet"])
+    message = str(caught.value)
+    assert "does not fit --arch resnet18" in message
+    assert "82 not known to the network: backbone.stem.0.conv.weight, " in message
+    assert "missing: conv1.weight" in message
+    assert "backbone.layer1.0.conv1.weight 64×64×1×1 instead of 64×64×3×3" in message
+    assert len(message) < 600
+
+
+def test_a_network_without_table():
+    one = OFFICIAL["resnet"]
+    state = official_state(one, build(one))
+    with pytest.raises(UserError, match=r"--arch test_byobnet: .*no table.*ByobNet; .*ResNet"):
+        converted(state, Official("test_byobnet", []))
+
+
+def test_two_names_for_one_weight():
+    """Neither of two candidates for a place is taken silently."""
+    one = OFFICIAL["swin"]
+    state = official_state(one, build(one))
+    state["backbone.norm.weight"] = state["backbone.norm3.weight"]
+    with pytest.raises(UserError, match=r"1 not known to the network: backbone\.norm\.weight$"):
+        converted(state, Official(one.arch, [], SWIN, one.size))
