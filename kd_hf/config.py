@@ -71,6 +71,8 @@ class TeacherConfig(ModelConfig):
     """`batch_stats` uses batch statistics in BatchNorm, `train` also drop path: as some official code did."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights of the frozen teacher; `auto` follows the run's mixed precision."""
+    shard: bool = False
+    """Spread the weights over all processes, for a teacher that does not fit on one device; slower."""
     gate: GateConfig = GateConfig()
 
     @model_validator(mode="after")
@@ -141,18 +143,20 @@ class DataConfig(Block):
     """Where images come from and what is done to them."""
 
     path: str
-    """A Hub data set id, class folders (`train/…`, `val/…`), a folder of Parquet files, or `builtin:digits`."""
+    """A Hub data set id, class folders (`train/…`, `val/…`), a folder of Parquet or tar files, or `builtin:digits`."""
     name: str | None = None
     """Configuration of the Hub data set."""
     revision: str | None = None
     train_split: str = "train"
     eval_split: str = "validation"
     data_files: dict[str, str | list[str]] | None = None
-    """Split → Parquet file patterns, relative to `path`."""
+    """Split → patterns of Parquet or tar files, relative to `path`."""
     streaming: bool = False
-    """Read row groups as they are needed instead of the whole set first."""
+    """Read row groups as they are needed instead of the whole set first; the batches are the same."""
     image_column: str | None = None
+    """Column of the images, when it is not clear; in tar files the suffix, e.g. `jpg`."""
     label_column: str | None = None
+    """Column of the labels, when it is not clear; in tar files a suffix (`cls`) or a key of the JSON files."""
     image_size: int | None = Field(None, gt=0)
     """Pixels per side of every view whose model block says nothing else."""
     augment: AugmentConfig = AugmentConfig()
@@ -161,9 +165,9 @@ class DataConfig(Block):
     unlabelled: Literal["keep", "drop"] = "keep"
     """Whether training images without a label are used."""
     shuffle_block: int = Field(2, ge=1)
-    """Streaming: row groups of a lane whose rows are shuffled together; lanes × this many are held in memory."""
+    """Row groups of a lane whose rows are shuffled together; streaming holds lanes × this many in memory."""
     lanes: int = Field(64, ge=1)
-    """Streaming: sequences of row groups that feed a global batch side by side. Processes × workers up to this number
+    """Sequences of row groups that feed a global batch side by side. Processes × workers up to this number
     read different row groups; the order depends on it, and not on them."""
     max_corrupt: int = Field(100, ge=0)
     """Unreadable images that are tolerated (replaced by the next readable row and counted) before the run stops."""
@@ -199,13 +203,16 @@ class TrainConfig(Block):
     weight_decay: float = Field(0.0, ge=0)
     decay_norm_and_bias: bool = False
     """Apply weight decay to 1-d parameters and biases too."""
+    no_weight_decay: tuple[str, ...] = ()
+    """Further parameters without weight decay, by pattern: `student.network.pos_embed`, `methods.*.position`."""
     momentum: float = Field(0.9, ge=0, lt=1)
     optim_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimiser, e.g. `{betas: [0.9, 0.95]}`."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     lr_scheduler_type: Literal["cosine", "linear", "step", "multistep", "constant"] = "cosine"
-    lr_schedule_on: Literal["step", "epoch"] = "step"
-    """Whether the learning rate moves at every step or at epoch ends."""
+    lr_schedule_on: Literal["step", "epoch", "epoch_after_warmup"] = "step"
+    """Whether the learning rate moves at every step or at epoch ends. `epoch_after_warmup` warms up at every step, and
+    its curve then spans the epochs that are left (mmengine); otherwise the curve spans the whole run (timm)."""
     warmup_steps: DurationField = Duration(0.0, "steps")
     """`5 epochs`, `500 steps`, 500, or a ratio of the run below 1."""
     warmup_lr: float = Field(0.0, ge=0)

@@ -3,6 +3,8 @@
 CHECKPOINT is what the authors' code saved: OpenMMLab's (cls_KD, ScaleKD; 0.x and 1.0, before or after their
 ``pth_transfer``), DeiT's (soft and hard distillation, manifold, [CLS]-KD), VkD's or timm's, or bare weights. ARCH is
 the network it holds, named as in a recipe. Nothing in the file is run, and every weight must find its place.
+Images are prepared as timm does for ARCH unless told otherwise; the papers show the central 224 of 256 pixels
+(--crop-pct 0.875), to convolutional networks resized bilinearly (--interpolation bilinear).
 
     ResNet-50, also of cls_KD            --arch resnet50
     ResNetV1d-50                         --arch resnet50d
@@ -13,6 +15,8 @@ the network it holds, named as in a recipe. Nothing in the file is run, and ever
     ConvNeXt-T of ScaleKD                --arch convnext_tiny --kwargs head_norm_first=true
     ViT-S/16, B/16 and B/14 of ScaleKD   --arch kd_hf/vit_small_patch16_gap, …
     Mixer-B/14 of ScaleKD                --arch kd_hf/mixer_b14
+    Mixer-B/16                           --arch kd_hf/mixer_b14 --kwargs patch_size=16
+    Mixer-S/16                           --arch kd_hf/mixer_b14 --kwargs patch_size=16 embed_dim=512 depth=8
     VkD's students                       --arch kd_hf/conv_stem_deit_tiny, …
 """
 

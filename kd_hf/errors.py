@@ -33,9 +33,10 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        if is_main_process():
-            # one line, whatever a library's message that was quoted looked like
-            print(f"kd_hf: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # a mistake may show in one process alone, such as an unreadable file
+        where = "" if is_main_process() else f" (process {os.environ['RANK']})"
+        # one line, whatever a library's message that was quoted looked like
+        print(f"kd_hf: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("kd_hf: interrupted", file=sys.stderr, flush=True)

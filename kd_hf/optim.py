@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from timm.optim import (
@@ -27,12 +28,13 @@ def build_optimizer(module: DistillModule, cfg: TrainConfig) -> Optimizer:
     """The optimiser over student and methods, from any name of ``timm.optim``.
 
     Norms, biases and what a network lists in ``no_weight_decay()`` are not decayed unless
-    ``decay_norm_and_bias``; layer decay applies to the student only.
+    ``decay_norm_and_bias``, and never what the recipe lists; layer decay applies to the student only.
     """
     known = [str(name) for name in list_optimizers()]
     if cfg.optim.lower() not in known:
         raise UserError(f"train.optim: unknown optimiser '{cfg.optim}'.{nearest(cfg.optim, known)}")
-    groups = [*_student_groups(module.student.network, cfg), *_plain_groups(module.methods, cfg)]
+    _check_patterns(module, cfg)
+    groups = [*_student_groups(module, cfg), *_plain_groups(module.methods, "methods.", cfg)]
     groups = [group for group in groups if group["params"]]
     try:
         return create_optimizer_v2(
@@ -47,26 +49,41 @@ def build_optimizer(module: DistillModule, cfg: TrainConfig) -> Optimizer:
         raise UserError(f"train.optim_args: {cfg.optim} does not take these arguments: {error}") from None
 
 
-def _student_groups(network: nn.Module, cfg: TrainConfig) -> list[dict[str, Any]]:
+def _student_groups(module: DistillModule, cfg: TrainConfig) -> list[dict[str, Any]]:
+    network, prefix = module.student.network, "student.network."
     if cfg.layer_decay is None:
-        return _plain_groups(network, cfg)
+        return _plain_groups(network, prefix, cfg)
     if not hasattr(network, "group_matcher"):
         raise UserError("train.layer_decay needs a timm student: only those say which layer a parameter belongs to")
     return param_groups_layer_decay(
-        network, cfg.weight_decay, no_weight_decay_list=_exempt(network), layer_decay=cfg.layer_decay
+        network, cfg.weight_decay, no_weight_decay_list=_exempt(network, prefix, cfg), layer_decay=cfg.layer_decay
     )
 
 
-def _plain_groups(network: nn.Module, cfg: TrainConfig) -> list[dict[str, Any]]:
-    if cfg.decay_norm_and_bias:
-        trained = [p for p in network.parameters() if p.requires_grad]
-        return [{"params": trained, "weight_decay": cfg.weight_decay}]
-    return param_groups_weight_decay(network, cfg.weight_decay, no_weight_decay_list=_exempt(network))
+def _plain_groups(network: nn.Module, prefix: str, cfg: TrainConfig) -> list[dict[str, Any]]:
+    exempt = _exempt(network, prefix, cfg)
+    if not cfg.decay_norm_and_bias:
+        return param_groups_weight_decay(network, cfg.weight_decay, no_weight_decay_list=exempt)
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for name, p in trained if name not in exempt], "weight_decay": cfg.weight_decay},
+        {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},
+    ]
 
 
-def _exempt(network: nn.Module) -> tuple[str, ...]:
+def _exempt(network: nn.Module, prefix: str, cfg: TrainConfig) -> tuple[str, ...]:
+    """Names of parameters that are not decayed: what the recipe lists, and the network unless all is decayed."""
     names = getattr(network, "no_weight_decay", None)
-    return tuple(names()) if callable(names) else ()
+    own = tuple(names()) if callable(names) and not cfg.decay_norm_and_bias else ()
+    every = [name for name, _ in network.named_parameters()]
+    return (*own, *(name for name in every if any(fnmatchcase(prefix + name, p) for p in cfg.no_weight_decay)))
+
+
+def _check_patterns(module: DistillModule, cfg: TrainConfig) -> None:
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in cfg.no_weight_decay:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"train.no_weight_decay: no parameter is called '{pattern}'.{nearest(pattern, names)}")
 
 
 def build_average(student: nn.Module, cfg: EmaConfig) -> ModelEmaV3:
@@ -85,25 +102,52 @@ class LrSchedule:
     """
 
     def __init__(self, optimizer: Optimizer, cfg: TrainConfig, total_steps: int, steps_per_epoch: int) -> None:
-        self.unit = steps_per_epoch if cfg.lr_schedule_on == "epoch" else 1
         self.optimizer = optimizer
-
-        def units(steps: int) -> int:
-            return max(0, round(steps / self.unit))
-
-        warmup = units(cfg.warmup_steps.steps(total_steps, steps_per_epoch))
-        # rounded up, so that a part of an epoch at the end is not trained at rate 0; timm warns of a length of 1,
-        # where only the first rate is used, which is the same for 2
-        length = max(2, math.ceil(total_steps / self.unit))
-        milestones = sorted(units(at.steps(total_steps, steps_per_epoch)) for at in cfg.lr_decay_at)
-        common = {"warmup_t": warmup, "warmup_lr_init": cfg.warmup_lr, "t_in_epochs": False}
-        self.scheduler = _SCHEDULERS[cfg.lr_scheduler_type](optimizer, cfg, length, milestones, common)
+        warmup = cfg.warmup_steps.steps(total_steps, steps_per_epoch)
+        at = [milestone.steps(total_steps, steps_per_epoch) for milestone in cfg.lr_decay_at]
+        unit = 1 if cfg.lr_schedule_on == "step" else steps_per_epoch
+        if cfg.lr_schedule_on == "epoch_after_warmup":
+            # two curves: steps up to the end of the warm-up, then epochs counted from there
+            self.curves: tuple[_Curve, ...] = (
+                _Curve(optimizer, cfg, 1, warmup, max(warmup, 2), []),
+                _Curve(optimizer, cfg, unit, 0, total_steps - warmup, [step - warmup for step in at], start=warmup),
+            )
+        else:
+            self.curves = (_Curve(optimizer, cfg, unit, warmup, total_steps, at),)
 
     def set(self, step: int) -> float:
         """Set the rate for the step about to be taken; returns it as it is without layer decay."""
-        self.scheduler.step_update(step // self.unit)
+        next(curve for curve in reversed(self.curves) if step >= curve.start).set(step)
         first = self.optimizer.param_groups[0]
         return float(first["lr"] / first.get("lr_scale", 1.0))
+
+
+class _Curve:
+    """One of timm's schedulers, counted in units of `unit` steps from `start` on; all lengths are in steps."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cfg: TrainConfig,
+        unit: int,
+        warmup: int,
+        length: int,
+        milestones: list[int],
+        start: int = 0,
+    ) -> None:
+        self.unit, self.start = unit, start
+        common = {"warmup_t": self._units(warmup), "warmup_lr_init": cfg.warmup_lr, "t_in_epochs": False}
+        # rounded up, so that a part of an epoch at the end is not trained at rate 0; timm warns of a length of 1,
+        # where only the first rate is used, which is the same for 2
+        units = max(2, math.ceil(length / unit))
+        at = sorted(self._units(milestone) for milestone in milestones)
+        self.scheduler = _SCHEDULERS[cfg.lr_scheduler_type](optimizer, cfg, units, at, common)
+
+    def _units(self, steps: int) -> int:
+        return max(0, round(steps / self.unit))
+
+    def set(self, step: int) -> None:
+        self.scheduler.step_update((step - self.start) // self.unit)
 
 
 def _cosine(optimizer: Optimizer, cfg: TrainConfig, length: int, _: list[int], common: dict[str, Any]) -> Scheduler:
@@ -121,7 +165,7 @@ def _multistep(optimizer: Optimizer, cfg: TrainConfig, _: int, at: list[int], co
 
 
 def _step(optimizer: Optimizer, cfg: TrainConfig, _: int, at: list[int], common: dict[str, Any]) -> Scheduler:
-    return StepLRScheduler(optimizer, decay_t=max(1, at[0]), decay_rate=cfg.lr_decay_rate, **common)
+    return StepLRScheduler(optimizer, decay_t=max([1, *at]), decay_rate=cfg.lr_decay_rate, **common)
 
 
 def _constant(optimizer: Optimizer, cfg: TrainConfig, _: int, __: list[int], common: dict[str, Any]) -> Scheduler:

@@ -198,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--processes", type=int, default=1, help="how many processes will be launched")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipe files, for editors")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     from kd_hf.recipe import load_recipe, recipe_schema
 

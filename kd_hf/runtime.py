@@ -8,13 +8,20 @@ from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    LoggerType,
+)
 
 from kd_hf.config import TrainConfig
 from kd_hf.data.draws import hash_key
 from kd_hf.errors import UserError, nearest
+
+_CPU_ADVICE = "On a CPU use accelerate_configs/2cpu.yaml (distributed_type: MULTI_GPU with use_cpu: true)"
 
 
 def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Accelerator:
@@ -30,9 +37,13 @@ def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Acce
     if cfg.sync_batchnorm and use_cpu:
         raise UserError("train.sync_batchnorm needs GPUs; leave it out on a CPU")
     _check_trackers(cfg.report_to)
+    launched_alone = _launched_alone()  # before accelerate sets ranks itself
     # a second run in one process (teacher, then student) starts from a clean state
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
+    if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        # the first run's engine; accelerate chooses it anew, from this
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)
     accelerator = Accelerator(
         cpu=use_cpu,
@@ -44,14 +55,66 @@ def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Acce
         kwargs_handlers=[ddp],
         step_scheduler_with_optimizer=False,
     )
+    _check_processes(accelerator, launched_alone)
+    _check_engine(accelerator)
+    return accelerator
+
+
+def _launched_alone() -> bool:
+    """Whether accelerate's launcher was told of several CPU processes and started one.
+
+    It then names the meeting point of all processes, but gives this one no rank.
+    """
+    met = "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ
+    return met and "RANK" not in os.environ
+
+
+def _check_processes(accelerator: Accelerator, launched_alone: bool) -> None:
+    """Stop where fewer processes train together than were asked for."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise UserError(
             f"the launcher started {launched} processes but accelerate sees {accelerator.num_processes}; "
-            "they would train side by side without knowing each other. On a CPU use "
-            "accelerate_configs/2cpu.yaml (distributed_type: MULTI_GPU with use_cpu: true)"
+            f"they would train side by side without knowing each other. {_CPU_ADVICE}"
         )
-    return accelerator
+    if launched_alone and accelerator.num_processes == 1:
+        raise UserError(
+            f"the launcher's configuration asks for several processes, but it started one. {_CPU_ADVICE}; "
+            "for one process set num_processes: 1 and unset MASTER_ADDR"
+        )
+
+
+def _check_engine(accelerator: Accelerator) -> None:
+    """Stop where accelerate would run another engine than was asked for, or one that this trainer does not drive."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise UserError(f"the launcher asks for {kind.value}; kd_hf trains with DDP or FSDP2 (accelerate_configs/)")
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and kind != DistributedType.FSDP:
+        raise UserError("the launcher asks for FSDP, which needs GPUs; use accelerate_configs/2cpu.yaml on a CPU")
+    if kind == DistributedType.FSDP:
+        _check_fsdp(accelerator.state.fsdp_plugin)
+
+
+def _check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Refuse the variants of FSDP that the checkpoints here have not been shown to survive."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    wanted = {
+        "fsdp_version: 2": plugin.fsdp_version == 2,
+        "fsdp_offload_params: false": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_activation_checkpointing: false (train.activation_checkpointing does it)": not (
+            plugin.activation_checkpointing
+        ),
+        "fsdp_cpu_ram_efficient_loading: false": not plugin.cpu_ram_efficient_loading,
+        "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP without class names": (
+            plugin.auto_wrap_policy is transformer_auto_wrap_policy and not plugin.transformer_cls_names_to_wrap
+        ),
+    }
+    missing = [line for line, met in wanted.items() if not met]
+    if missing:
+        raise UserError(f"the launcher's fsdp_config must say {missing[0]}, as accelerate_configs/8gpu_fsdp2.yaml does")
 
 
 def _check_trackers(names: list[str]) -> None:

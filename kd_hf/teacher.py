@@ -13,6 +13,7 @@ from kd_hf.errors import UserError
 from kd_hf.methods.base import Outputs
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.taps import TappedModel
+from kd_hf.sharding import shard_teacher
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,7 +45,11 @@ class Teacher:
         self.info = handle.info
         self.dtype = precision if cfg.dtype == "auto" else _DTYPES[cfg.dtype]
         handle.network.requires_grad_(False)
-        self.model = model.to(device, self.dtype)
+        self.model = model.to(self.dtype)
+        if cfg.shard:
+            shard_teacher(model, self.info, device)
+        else:
+            model.to(device)
         self._hold_mode()
 
     def _hold_mode(self) -> None:

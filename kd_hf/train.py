@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--smoke", action="store_true", help="two steps on noise with random weights, export and reload; keeps nothing"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # options may stand among overrides
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a busy machine
 
     from kd_hf.recipe import load_recipe

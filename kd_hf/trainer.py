@@ -32,6 +32,7 @@ from kd_hf.plan import announce
 from kd_hf.recipe import RESOLVED, dump_recipe, flat
 from kd_hf.run import RunFolder
 from kd_hf.runtime import StopSignal, build_accelerator, seed_networks, set_cpu_threads
+from kd_hf.sharding import check_sharding, load_whole, load_whole_optimizer, prepare, whole
 from kd_hf.teacher import Teacher, check_label_order
 from kd_hf.window import LossWindow
 
@@ -112,7 +113,8 @@ class DistillTrainer:
 
     def _build(self) -> None:
         """Place everything on the device and hand the one module to accelerate."""
-        args, module = self.args, self.parts.module
+        args, module, info = self.args, self.parts.module, self.parts.student.info
+        check_sharding(self.recipe, self.parts.choices, self.accelerator)
         self.threads = set_cpu_threads(args.cpu_threads, self.accelerator.num_processes)
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.teachers = {
@@ -130,12 +132,13 @@ class DistillTrainer:
         module.to(self.device)
         self.ema = build_average(module.student, args.ema) if args.ema else None
         self.plain_module = module
-        self.module, self.optimizer = self.accelerator.prepare(module, build_optimizer(module, args))
+        self.module, self.optimizer = prepare(
+            self.accelerator, module, build_optimizer(module, args), info, self.ema
+        )
         self.schedule = LrSchedule(self.optimizer.optimizer, args, self.total_steps, self.steps_per_epoch)
-        self.stage = DeviceStage(self.parts.views(), self.parts.student.info.num_classes)
-        view = self.parts.student.info.preprocessing
+        self.stage = DeviceStage(self.parts.views(), info.num_classes)
         self.evaluator = Evaluator(
-            self._students(), view, self.teachers, self.eval_source, self.accelerator, self.recipe
+            self._students(), info.preprocessing, self.teachers, self.eval_source, self.accelerator, self.recipe
         )
         self.window = LossWindow()
 
@@ -402,10 +405,10 @@ class DistillTrainer:
             )
 
     def _load_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
-        self.plain_module.load_state_dict(ckpt.load_tensors(folder, "module"))
+        load_whole(self.plain_module, ckpt.load_tensors(folder, "module"))
         if self.ema is not None:
-            self.ema.module.load_state_dict(ckpt.load_tensors(folder, "ema"))
-        self.optimizer.load_state_dict(ckpt.load_objects(folder, "optimizer"))
+            load_whole(self.ema.module, ckpt.load_tensors(folder, "ema"))
+        load_whole_optimizer(self.optimizer, ckpt.load_objects(folder, "optimizer"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(ckpt.load_objects(folder, "scaler"))
         self.state.global_step = state["step"]
@@ -421,18 +424,19 @@ class DistillTrainer:
         first_bad = self.window.first_bad(self.accelerator)
         if first_bad is not None:
             self._stop_on_non_finite(*first_bad)
-        if self.accelerator.is_main_process:
-            objects = {"optimizer": self.optimizer.state_dict()}
-            if self.accelerator.scaler is not None:
-                objects["scaler"] = self.accelerator.scaler.state_dict()
-            self.run.save_checkpoint(self._checkpoint_state(), self._tensors(), objects)
+        main = self.accelerator.is_main_process
+        tensors, objects = self._tensors(), {"optimizer": whole(self.optimizer.state_dict(), main)}
+        if self.accelerator.scaler is not None:
+            objects["scaler"] = self.accelerator.scaler.state_dict()
+        if main:
+            self.run.save_checkpoint(self._checkpoint_state(), tensors, objects)
         self.accelerator.wait_for_everyone()
         self.callbacks.call("on_save", self.state, self.control)
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts of a checkpoint by file: all that is trained, and the student's average."""
+        """State dicts of a checkpoint by file: all that is trained, and the student's average; a call of all ranks."""
         average = {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
-        return {"module": self.plain_module.state_dict(), **average}
+        return whole({"module": self.plain_module.state_dict(), **average}, self.accelerator.is_main_process)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {
@@ -465,8 +469,7 @@ class DistillTrainer:
 
     def _finish(self) -> TrainOutput:
         """Export the student, close the log and the trackers."""
-        if self.accelerator.is_main_process:
-            self.save_model()
+        self.save_model()
         self.accelerator.wait_for_everyone()
         self.callbacks.call("on_train_end", self.state, self.control)
         if self.args.report_to:
@@ -476,14 +479,20 @@ class DistillTrainer:
         return self._output()
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Write the student as a model that timm and transformers load (``student/`` of the run folder)."""
+        """Write the student as a model that timm and transformers load (``student/`` of the run folder).
+
+        All ranks call this together; the main one writes.
+        """
+        weights = self._export_weights()
+        if not self.accelerator.is_main_process:
+            return
         folder = Path(output_dir) if output_dir else self.run.student
         handle = self.parts.student
         names = tuple(self.train_source.class_names)
         if names and len(names) == handle.info.num_classes:
             handle = replace(handle, label_names=names)
         save_student(
-            handle, folder, state_dict=self._export_weights(), extra_files={RESOLVED: dump_recipe(self.recipe)}
+            handle, folder, state_dict=weights, extra_files={RESOLVED: dump_recipe(self.recipe)}
         )
 
     def _export_weights(self) -> dict[str, Tensor]:

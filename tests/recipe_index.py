@@ -68,9 +68,7 @@ def row(path: Path) -> tuple[str, ...]:
 
 
 def _teacher(recipe: Recipe) -> list[str]:
-    return [
-        (cfg.model or Path(cfg.recipe or "").name).removeprefix("timm/") for cfg in recipe.all_teachers().values()
-    ]
+    return [(cfg.model or Path(cfg.recipe or "").name).removeprefix("timm/") for cfg in recipe.all_teachers().values()]
 
 
 def index() -> str:

@@ -39,14 +39,13 @@ class Strategy(NamedTuple):
     min_lr: float
     level: tuple[int, int] | None  # RandAugment's magnitude of how many
     interpolation: str
-    allowance: float = 0.0  # of the peak, by which our rate may be off
 
 
 STEP = Strategy("momentum", True, 100, "multistep", (0, 0), 0.0, None, "bilinear")
 COSINE = STEP._replace(schedule="cosine")
-LAMB = Strategy("lamb", True, 300, "cosine", (5, 0.25), 0.0, (7, 8), "bicubic", 0.022)
-ADAMW = Strategy("adamw", False, 300, "cosine", (20, 1e-3), 1e-5, (9, 10), "bicubic", 0.07)
-MIXER = Strategy("adamw", True, 300, "cosine", (20, 1e-6), 0.0, (12, 15), "bicubic", 0.07)
+LAMB = Strategy("lamb", True, 300, "cosine", (5, 0.25), 0.0, (7, 8), "bicubic")
+ADAMW = Strategy("adamw", False, 300, "cosine", (20, 1e-3), 1e-5, (9, 10), "bicubic")
+MIXER = Strategy("adamw", True, 300, "cosine", (20, 1e-6), 0.0, (12, 15), "bicubic")
 
 
 class Projector(NamedTuple):
@@ -288,11 +287,7 @@ def test_the_rate_at_every_tenth_of_an_epoch(pair):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=row.lr)
     schedule = LrSchedule(optimizer, recipe.train, 10 * row.strategy.epochs, 10)
     for step in range(10 * row.strategy.epochs):
-        ours, theirs = schedule.set(step), official_rate(row, step / 10)
-        allowance = row.strategy.allowance if step >= 10 * row.strategy.warmup[0] else 0.0
-        assert ours == pytest.approx(theirs, rel=1e-9, abs=allowance * row.lr), step
-        if step >= 10 * row.strategy.warmup[0]:
-            assert ours <= theirs * (1 + 1e-9), step
+        assert schedule.set(step) == pytest.approx(official_rate(row, step / 10), rel=1e-9), step
 
 
 # parameters of all projectors in millions, as counted in the authors' code; Swin-S less the view whose factor is 0

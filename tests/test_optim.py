@@ -233,3 +233,55 @@ def test_the_rate_a_network_is_trained_with():
         optimizer.step()
     moved = (before - weight.detach()).mean().item()
     assert moved == pytest.approx(0.0 + 0.05 + 0.05 * (1 + math.cos(math.pi * 2 / STEPS)), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_a_curve_that_begins_where_the_warm_up_ends(kind):
+    """mmengine's way: warm-up at every step, then the curve over the epochs that are left."""
+    cfg = config(
+        lr_scheduler_type=kind,
+        lr_schedule_on="epoch_after_warmup",
+        warmup_steps="2 epochs",
+        warmup_lr=0.01,
+        min_lr=0.02,
+    )
+    values = rates(cfg, steps=100, epoch=10)
+    assert values[:20] == pytest.approx([0.01 + 0.09 * step / 20 for step in range(20)])
+    shapes = {"cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "linear": lambda x: 1 - x}
+    expected = [0.02 + 0.08 * shapes[kind]((step - 20) // 10 / 8) for step in range(20, 100)]
+    assert values[20:] == pytest.approx(expected)
+
+
+def test_milestones_after_a_warm_up_of_steps():
+    cfg = config(
+        lr_scheduler_type="multistep", lr_schedule_on="epoch_after_warmup", warmup_steps="1 epochs",
+        lr_decay_at=["3 epochs", "5 epochs"], lr_decay_rate=0.1,
+    )  # fmt: skip
+    values = rates(cfg, steps=70, epoch=10)
+    assert values[10:30] == pytest.approx([0.1] * 20)
+    assert values[30:50] == pytest.approx([0.01] * 20)
+    assert values[50:] == pytest.approx([0.001] * 20)
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_parameters_are_exempted_by_pattern(tmp_path, decay_all):
+    patterns = ["student.network.patch_embed.*weight", "methods.mgd.generation.0.*"]
+    train = {"weight_decay": 0.1, "decay_norm_and_bias": decay_all, "no_weight_decay": patterns}
+    blocks = {"teacher": TEACHER, "student": {"model": "test_resnet"}, "methods": {"mgd": {}}}
+    patterns[0] = "student.network.conv1.*weight"
+    run = recipe(tmp_path, blocks, {"train": train})
+    module = assemble(run, num_classes=10).module
+    groups = build_optimizer(module, run.train).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
+    for name, parameter in module.named_parameters():
+        exempt = name.startswith(("student.network.conv1.", "methods.mgd.generation.0.")) and (
+            name.endswith("weight") or name.startswith("methods")
+        )
+        assert (id(parameter) in decayed) == ((decay_all or parameter.ndim > 1) and not exempt), name
+
+
+def test_a_pattern_for_nothing_is_refused(tmp_path):
+    run = recipe(tmp_path, {"train": {"no_weight_decay": ["student.network.clss_token"]}})
+    with pytest.raises(UserError, match=r"train\.no_weight_decay: .*Did you mean 'student.network.cls_token'"):
+        build_optimizer(assemble(run, num_classes=10).module, run.train)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kd_hf.conversion.layouts import StudentWeights, enumerate_names
+from kd_hf.conversion.layouts import StudentWeights
 from kd_hf.conversion.openmmlab import is_openmmlab, to_timm
+from kd_hf.conversion.reading import enumerate_names
 from kd_hf.errors import UserError
 from kd_hf.models.handle import ModelHandle
 

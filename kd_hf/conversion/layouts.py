@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kd_hf.conversion.reading import Checkpoint
+from kd_hf.conversion.reading import Checkpoint, enumerate_names
 from kd_hf.errors import UserError
 
 CHOICES = ("auto", "model", "ema")
@@ -73,12 +73,6 @@ def find_student(checkpoint: Checkpoint, choice: str = "auto") -> StudentWeights
         where = f"entry '{entry}' of '{checkpoint.path}'" if entry else f"'{checkpoint.path}'"
         raise UserError(f"{where} is not a dict of tensors: {enumerate_names(others)}")
     return _split(entry, tensors)
-
-
-def enumerate_names(names: list[str], shown: int = 3) -> str:
-    """The first few names and how many there are: ``a, b, c, … (17 in all)``."""
-    more = f", … ({len(names)} in all)" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _versions(checkpoint: Checkpoint) -> dict[str, tuple[str, Mapping[str, object]]]:

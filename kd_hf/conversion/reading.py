@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,9 +81,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"'{path}' cannot be read as a checkpoint (torch.save or safetensors): {type(error).__name__}: {reason}"
         ) from error
     if not isinstance(entries, Mapping):
-        held = ", ".join(sorted(foreign)) or type(entries).__name__
-        raise UserError(f"'{path}' is no checkpoint: expected a dict of weights, found {held} (which was not run)")
+        held = f"{enumerate_names(sorted(foreign))}, not run" if foreign else f"a {type(entries).__name__}"
+        raise UserError(f"'{path}' is no checkpoint: expected a dict of weights (found {held})")
     return Checkpoint(path, {str(key): value for key, value in entries.items()}, tuple(sorted(foreign)))
+
+
+def enumerate_names(names: Sequence[str], shown: int = 3) -> str:
+    """The first few names and how many there are: ``a, b, c, … (17 in all)``."""
+    more = f", … ({len(names)} in all)" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _load(path: Path, foreign: set[str]) -> Any:

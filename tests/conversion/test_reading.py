@@ -127,7 +127,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path, zipped):
     assert same(found.entries["state_dict"])
     assert {f"{os.name}.system", f"{os.name}.mkdir"} < set(found.foreign)
     torch.save(attacks[0], path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=rf"no checkpoint: expected a dict of weights, found {os.name}\.system \(which"):
+    with pytest.raises(UserError, match=rf"no checkpoint: expected a dict of weights \(found {os.name}\.system, not"):
         read_checkpoint(path)
     assert not evidence.exists()
     pickle.loads(pickle.dumps(attacks[-1]))  # the attack itself works
@@ -144,8 +144,9 @@ def test_an_archive_of_checkpoints(tmp_path):
 
 def test_a_program_is_not_loaded(tmp_path):
     path = tmp_path / "x.pt"
-    with torch.package.PackageExporter(path) as exporter:  # an archive of the same build, without a compiler
-        exporter.save_text("model", "constants.pkl", "")
+    program = torch._C.PyTorchFileWriter(str(path))  # such an archive, without a compiler
+    program.write_record("constants.pkl", b"x", 1)
+    program.write_end_of_file()
     with pytest.raises(UserError, match="TorchScript"):
         read_checkpoint(path)
 
@@ -155,6 +156,13 @@ def test_no_checkpoint(tmp_path, content):
     path = tmp_path / "x.pth"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pth' cannot be read as a checkpoint"):
+        read_checkpoint(path)
+
+
+def test_something_else_that_torch_saved(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(torch.ones(2), path)
+    with pytest.raises(UserError, match=r"x\.pth' is no checkpoint: .* \(found a Tensor\)"):
         read_checkpoint(path)
 
 

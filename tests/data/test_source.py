@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from kd_hf.config import DataConfig
-from kd_hf.data.source import LabelSubset, StreamedSource, choose_labelled, open_source
+from kd_hf.data.labels import LabelSubset, choose_labelled
+from kd_hf.data.parquet import ParquetFiles
+from kd_hf.data.source import open_source
 from kd_hf.errors import UserError
 from tests.data.conftest import encode, make_image, write_folders, write_parquet
 
@@ -110,7 +112,7 @@ def test_parquet(parquet, streaming):
     expected = [(encode(make_image(i)), i % 3) for i in range(17)]
     assert contents(train) == expected
     assert train.class_names == ("ant", "bee", "cat")
-    assert train.group_sizes == ((4, 4, 2, 4, 3) if streaming else (17,))
+    assert train.group_sizes == (4, 4, 2, 4, 3)
     assert train.labels().tolist() == [label for _, label in expected]
     copy = pickle.loads(pickle.dumps(train))
     for row in (16, 0, 9, 5, 16):
@@ -123,8 +125,8 @@ def test_streaming_reads_a_row_group_once_per_block(parquet, monkeypatch):
     cfg = DataConfig(path=str(parquet), streaming=True, shuffle_block=2)
     source = open_source(cfg, "train")
     read = []
-    original = StreamedSource._table
-    monkeypatch.setattr(StreamedSource, "_table", lambda self, g, columns: read.append(g) or original(self, g, columns))
+    original = ParquetFiles.read
+    monkeypatch.setattr(ParquetFiles, "read", lambda self, g, columns: read.append(g) or original(self, g, columns))
     for row in (0, 7, 1, 4, 3, 9, 8, 16):
         source.read(row)
     assert read == [0, 1, 2, 4]

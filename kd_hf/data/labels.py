@@ -1,0 +1,81 @@
+"""Training with few labels: which images keep theirs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from kd_hf.data.draws import generator
+from kd_hf.data.source import UNLABELLED, Source
+from kd_hf.errors import UserError
+
+
+class LabelSubset(Source):
+    """A source of which only some labels are kept, evenly over the classes; the other rows have none, or are left out.
+
+    Args:
+        source: all rows.
+        num_labels: how many labels are kept in total; None keeps all.
+        unlabelled: `keep` the rows without a label, or `drop` them.
+        seed: of the choice.
+
+    Raises:
+        UserError: there are fewer labelled rows than `num_labels`.
+    """
+
+    def __init__(self, source: Source, num_labels: int | None, unlabelled: Literal["keep", "drop"], seed: int) -> None:
+        self.source = source
+        self.class_names = source.class_names
+        labels = source.labels().copy()
+        if num_labels is not None:
+            kept = choose_labelled(labels, num_labels, seed)
+            labels[~kept] = UNLABELLED
+        used = labels >= 0 if unlabelled == "drop" else np.ones(len(labels), dtype=bool)
+        groups = np.repeat(np.arange(len(source.group_sizes)), source.group_sizes)
+        sizes = np.bincount(groups[used], minlength=len(source.group_sizes))
+        self.group_sizes = tuple(int(size) for size in sizes if size)
+        self._rows = np.flatnonzero(used)
+        self._labels = labels[used]
+
+    def read(self, row: int) -> tuple[bytes, int]:
+        """Encoded image and label; see :class:`Source`."""
+        return self.source.read(int(self._rows[row]))[0], int(self._labels[row])
+
+    def expect(self, lanes: int) -> None:
+        """Pass it on."""
+        self.source.expect(lanes)
+
+    def labels(self) -> np.ndarray:
+        """All labels; see :class:`Source`."""
+        return self._labels
+
+    def describe(self) -> str:
+        """Place, split and size."""
+        return f"{self.source.describe()}, of which {len(self)} are used and {int((self._labels >= 0).sum())} labelled"
+
+
+def choose_labelled(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Choose `count` labelled rows, as evenly over the classes as their sizes allow.
+
+    Args:
+        labels: int64 ``[N]``, -1 where there is none.
+        count: how many.
+        seed: decides the rows, and which classes get one more when `count` does not divide.
+
+    Returns:
+        bool ``[N]``.
+    """
+    known = int((labels >= 0).sum())
+    if count > known:
+        raise UserError(f"data.num_labels: {count} labels are asked for, but the training split has only {known}")
+    draws = generator(seed, "labels")
+    shuffled = draws.permutation(np.flatnonzero(labels >= 0))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    classes, starts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
+    # the first row of every class, then the second of every class, …
+    rank = np.arange(len(by_class)) - np.repeat(starts, sizes)
+    turn = np.repeat(draws.permutation(len(classes)), sizes)
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[by_class[np.lexsort((turn, rank))[:count]]] = True
+    return chosen
