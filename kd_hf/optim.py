@@ -80,8 +80,8 @@ def _exempt(network: nn.Module, prefix: str, cfg: TrainConfig) -> tuple[str, ...
 
 
 def _check_patterns(module: DistillModule, cfg: TrainConfig) -> None:
-    names = [name for name, _ in module.named_parameters()]
     for pattern in cfg.no_weight_decay:
+        names = [name for name, _ in module.named_parameters()]
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"train.no_weight_decay: no parameter is called '{pattern}'.{nearest(pattern, names)}")
 

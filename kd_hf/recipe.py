@@ -327,10 +327,18 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def trained_hash(artefact: Path) -> str | None:
-    """Hash of the recipe that made an artefact folder; None when it is missing or says nothing."""
+    """Hash of the recipe that made an artefact or run folder; None when it is missing or says nothing.
+
+    It is taken anew from the resolved recipe, so that a key added by a newer version does not make it another one.
+    """
     path = artefact / RESOLVED
-    first = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
-    return first.removeprefix(_HASH_LINE) if first.startswith(_HASH_LINE) else None
+    if not path.is_file():
+        return None
+    try:
+        return recipe_hash(load_recipe(path))
+    except UserError:  # of a version whose keys are gone
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        return first.removeprefix(_HASH_LINE) if first.startswith(_HASH_LINE) else None
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -58,7 +58,7 @@ class RunFolder:
             self._refuse_other_recipe(trained_hash(self.student), self.path)
             return None
         state = ckpt.read_state(found[-1])
-        self._refuse_other_recipe(state["recipe_hash"], found[-1])
+        self._refuse_other_recipe(trained_hash(found[-1].parents[1]) or state["recipe_hash"], found[-1])
         if state["global_batch"] != self.global_batch:
             raise UserError(
                 f"{found[-1]} was trained with {state['global_batch']} images per step, this run has "

@@ -215,8 +215,17 @@ def test_hash_is_in_the_first_line(file, tmp_path):
     assert trained_hash(tmp_path) == recipe_hash(recipe)
     assert len(recipe_hash(recipe)) == 12
     assert trained_hash(tmp_path / "missing") is None
-    file(MINIMAL, RESOLVED)
+    file("# recipe hash: 0123456789ab\n" + MINIMAL + "train.gone: 1\n", RESOLVED)
+    assert trained_hash(tmp_path) == "0123456789ab"  # written by a version with other keys
+    file("gone: 1\n", RESOLVED)
     assert trained_hash(tmp_path) is None
+
+
+def test_a_key_that_a_newer_version_adds_leaves_the_hash_of_a_run(file, tmp_path):
+    recipe = load_recipe(file(MINIMAL))
+    older = "\n".join(line for line in dump_recipe(recipe).splitlines() if "warmup_lr" not in line)
+    file(older, RESOLVED)
+    assert trained_hash(tmp_path) == recipe_hash(recipe)
 
 
 @pytest.mark.parametrize(

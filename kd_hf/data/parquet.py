@@ -48,18 +48,25 @@ class ParquetFiles:
 
         return Features.from_arrow_schema(self.footers[0].schema.to_arrow_schema())
 
-    def check(self, columns: Sequence[str], label: str) -> None:
-        """Raise :class:`UserError` for a file without one of the `columns`, or with other class names for `label`."""
-        first = None
+    def class_names(self, label: str) -> list[str] | None:
+        """The classes of a column as the first file tells them, if it does."""
+        return _class_names(self.footers[0].schema.to_arrow_schema(), label)
+
+    def check(self, columns: Sequence[str], label: str, like: ParquetFiles | None = None) -> None:
+        """Raise :class:`UserError` for a file without one of the `columns`, or with other class names for `label`.
+
+        Other than in the first file, or in that of `like`, which is another split.
+        """
+        files = (like or self).files
+        first = (like or self).class_names(label)
         for file, footer in zip(self.files, self.footers, strict=True):
             schema = footer.schema.to_arrow_schema()
             missing = [name for name in columns if name not in schema.names]
             if missing:
                 raise UserError(f"data.path: {file} has no column '{missing[0]}', unlike other files of the data set")
             names = _class_names(schema, label)
-            first = first or names
-            if names and names != first:
-                raise UserError(f"data.path: {file} has other classes for '{label}' than {self.files[0]}")
+            if names and first and names != first:
+                raise UserError(f"data.path: {file} has other classes for '{label}' than {files[0]}")
 
     def label_range(self, label: str) -> tuple[int, int] | None:
         """Smallest and largest value of an integer column by the footers' statistics; None when they are not there."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd_hf.config import DataConfig
-from kd_hf.data.columns import find_columns, image_bytes, int_labels, plain_names
+from kd_hf.data.columns import Columns, find_columns, image_bytes, int_labels, plain_names
 from kd_hf.data.parquet import ParquetFiles
 from kd_hf.data.reading import check_labels, library_errors
 from kd_hf.data.source import UNLABELLED, Source, Split, choose_split
@@ -88,11 +88,23 @@ def _open_split(listing: Listing, name: str, train: Source | None = None) -> Sou
     if cfg.streaming:
         if not listing.all_are(".parquet", name):
             raise UserError(f"data.streaming: '{cfg.path}' is not stored as Parquet files; set data.streaming=false")
-        return StreamedSource(ParquetFiles(listing.files[name]), listing.builder.info.features, cfg, where)
+        parquet = ParquetFiles(listing.files[name])
+        source = StreamedSource(parquet, listing.builder.info.features, cfg, where)
+        _check_files(listing, name, parquet, source.columns)
+        return source
     with library_errors(cfg):
         listing.builder.download_and_prepare()
         dataset = listing.builder.as_dataset(split=name)
-    return TableSource(dataset, _row_groups(listing, name, dataset), cfg, where)
+        return TableSource(dataset, _row_groups(listing, name, dataset), cfg, where)
+
+
+def _check_files(listing: Listing, split: str, parquet: ParquetFiles, columns: Columns) -> None:
+    """Raise :class:`UserError` when the files lack columns, or number the classes unlike those of the training split."""
+    like = None
+    if split != listing.cfg.train_split and listing.all_are(".parquet", listing.cfg.train_split):
+        with suppress(UserError):  # see open_files
+            like = ParquetFiles(listing.files[listing.cfg.train_split][:1])
+    parquet.check([columns.image, columns.label], columns.label, like)
 
 
 def _open_train(listing: Listing) -> Source | None:
@@ -138,8 +150,8 @@ def _row_groups(listing: Listing, split: str, dataset: Any) -> tuple[int, ...]:
     memory = Path(listing.builder.cache_dir) / ROW_GROUPS
     known: dict[str, list[int]] = json.loads(memory.read_text()) if memory.is_file() else {}
     if split not in known and listing.all_are(".parquet", split):
-        parquet, columns = ParquetFiles(listing.files[split]), find_columns(dataset.features, listing.cfg)
-        parquet.check([columns.image, columns.label], columns.label)
+        parquet = ParquetFiles(listing.files[split])
+        _check_files(listing, split, parquet, find_columns(dataset.features, listing.cfg))
         known[split] = list(parquet.group_sizes)
         with suppress(UserError):  # it can be read again
             write_text(memory, json.dumps(known))
@@ -214,7 +226,6 @@ class StreamedSource(Source):
     def __init__(self, parquet: ParquetFiles, features: Any, cfg: DataConfig, where: str) -> None:
         self._parquet = parquet
         self.columns = find_columns(features or parquet.features, cfg)
-        parquet.check([self.columns.image, self.columns.label], self.columns.label)
         self.group_sizes = parquet.group_sizes
         self._ends = np.cumsum(self.group_sizes)
         self._where = where

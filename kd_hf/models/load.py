@@ -112,7 +112,7 @@ def load_model(
     source = _locate(request)
     if request.weights and (source.folder is None or not any(source.folder.glob(WEIGHTS))):
         raise UserError(
-            f"model '{model}' has no safetensors weights ({WEIGHTS}), and kd_hf loads no pickles; convert them, "
+            f"model '{model}' has no safetensors weights ({WEIGHTS}), and kd_hf loads no pickles; convert them (`python -m kd_hf.convert`), "
             "or set pretrained: false"
         )
     with _building(request):

@@ -1,4 +1,6 @@
 import io
+import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -6,6 +8,8 @@ from PIL import Image
 
 from kd_hf.config import DataConfig
 from kd_hf.data.draws import generator
+from kd_hf.data.source import open_source
+from kd_hf.errors import UserError
 
 
 def make_image(index, width=48, height=40):
@@ -63,3 +67,35 @@ def private_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def write_tar(path, samples, **options):
+    """A tar file of samples in WebDataset's layout: name → suffix → bytes, text or what JSON holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, files in samples.items():
+            for suffix, value in files.items():
+                text = value if isinstance(value, (bytes, str)) else json.dumps(value)
+                data = text.encode() if isinstance(text, str) else text
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def contents(source):
+    return [source.read(row) for row in range(len(source))]
+
+
+def refused(cfg, pattern, split="train"):
+    with pytest.raises(UserError, match=pattern) as caught:
+        open_source(cfg, split)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    write_parquet(tmp_path / "data/train-00000-of-00002.parquet", 10)
+    write_parquet(tmp_path / "data/train-00001-of-00002.parquet", 7, start=10)
+    write_parquet(tmp_path / "data/test-00000-of-00001.parquet", 5, start=100)
+    return tmp_path
