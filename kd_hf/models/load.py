@@ -112,8 +112,8 @@ def load_model(
     source = _locate(request)
     if request.weights and (source.folder is None or not any(source.folder.glob(WEIGHTS))):
         raise UserError(
-            f"model '{model}' has no safetensors weights ({WEIGHTS}), and kd_hf loads no pickles; convert them (`python -m kd_hf.convert`), "
-            "or set pretrained: false"
+            f"model '{model}' has no safetensors weights ({WEIGHTS}), and kd_hf loads no pickles; "
+            "convert them (`python -m kd_hf.convert`), or set pretrained: false"
         )
     with _building(request):
         load = {"timm": _load_timm, "transformers": _load_transformers, LIBRARY: _load_own}[source.library]
