@@ -343,7 +343,11 @@ def trained_hash(artefact: Path) -> str | None:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Twelve hex digits over everything that decides the result (not output folder, workers, logging)."""
-    values = recipe.model_dump(mode="json", exclude={"train": set(_NOT_HASHED), "baseline": True})
+    where = {"shard"}  # how a teacher is held in memory changes nothing it says
+    values = recipe.model_dump(
+        mode="json",
+        exclude={"train": set(_NOT_HASHED), "baseline": True, "teacher": where, "teachers": {"__all__": where}},
+    )
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -132,9 +132,7 @@ class DistillTrainer:
         module.to(self.device)
         self.ema = build_average(module.student, args.ema) if args.ema else None
         self.plain_module = module
-        self.module, self.optimizer = prepare(
-            self.accelerator, module, build_optimizer(module, args), info, self.ema
-        )
+        self.module, self.optimizer = prepare(self.accelerator, module, build_optimizer(module, args), info, self.ema)
         self.schedule = LrSchedule(self.optimizer.optimizer, args, self.total_steps, self.steps_per_epoch)
         self.stage = DeviceStage(self.parts.views(), info.num_classes)
         self.evaluator = Evaluator(
@@ -491,9 +489,7 @@ class DistillTrainer:
         names = tuple(self.train_source.class_names)
         if names and len(names) == handle.info.num_classes:
             handle = replace(handle, label_names=names)
-        save_student(
-            handle, folder, state_dict=weights, extra_files={RESOLVED: dump_recipe(self.recipe)}
-        )
+        save_student(handle, folder, state_dict=weights, extra_files={RESOLVED: dump_recipe(self.recipe)})
 
     def _export_weights(self) -> dict[str, Tensor]:
         """The bare network's state dict: of the best evaluation or the last step, averaged or raw."""

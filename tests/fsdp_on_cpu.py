@@ -1,19 +1,49 @@
-"""``kd_hf.train`` under FSDP2 on CPU processes.
+"""A training run under FSDP2 on CPU processes, and what each of them holds of it.
 
 accelerate keeps FSDP for GPUs and turns CPU processes into DDP without a word. Told that these are GPUs, it runs its
-FSDP2 code on them: ``accelerate launch --config_file FSDP.yaml -m tests.fsdp_on_cpu RECIPE``.
+FSDP2 code on them: ``accelerate launch --config_file accelerate_configs/8gpu_fsdp2.yaml --num_processes 2
+-m tests.fsdp_on_cpu RECIPE …``
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from kd_hf.errors import run_command
-from kd_hf.train import main
+from kd_hf.recipe import load_recipe
+from kd_hf.trainer import DistillTrainer
 
-PartialState(cpu=True)
-PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+def share(tensors: Iterable[Tensor]) -> float:
+    """How much of some sharded tensors this process holds."""
+    held = [(tensor.to_local().numel(), tensor.numel()) for tensor in tensors if isinstance(tensor, DTensor)]
+    return sum(own for own, _ in held) / sum(all_ for _, all_ in held)
+
+
+def main(recipes: list[str]) -> None:
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    for path in recipes:
+        trainer = DistillTrainer(load_recipe(path))
+        trainer.evaluate()  # the student alone runs before the module that holds it
+        trainer.train()
+        moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        shares = {
+            "plain": [p.numel() for p in trainer.plain_module.parameters() if not isinstance(p, DTensor)],
+            "module": share(trainer.plain_module.parameters()),
+            "average": share(trainer.ema.module.parameters()),
+            "optimizer": share(moments),
+        }
+        name = f"shares-{trainer.accelerator.process_index}.json"
+        (Path(trainer.args.output_dir) / name).write_text(json.dumps(shares))
+
 
 if __name__ == "__main__":
-    run_command(main)
+    main(sys.argv[1:])

@@ -31,7 +31,7 @@ TRAIN: Values = {
     "gradient_accumulation_steps": 1, "max_steps": None, "momentum": 0.9, "optim_args": {}, "layer_decay": None,
     "decay_norm_and_bias": False, "lr_schedule_on": "step", "warmup_steps": "0 steps", "warmup_lr": 0.0, "min_lr": 0.0,
     "lr_decay_at": [], "lr_decay_rate": 0.1, "max_grad_norm": None, "ema": None, "bf16": False, "fp16": False,
-    "sync_batchnorm": False, "load_best_model_at_end": False,
+    "sync_batchnorm": False, "load_best_model_at_end": False, "no_weight_decay": [],
 }  # fmt: skip
 AUGMENT: Values = {
     "crop": {"kind": "random_resized", "scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "padding": 4}, "hflip": 0.5,

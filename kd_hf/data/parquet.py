@@ -55,7 +55,7 @@ class ParquetFiles:
     def check(self, columns: Sequence[str], label: str, like: ParquetFiles | None = None) -> None:
         """Raise :class:`UserError` for a file without one of the `columns`, or with other class names for `label`.
 
-        Other than in the first file, or in that of `like`, which is another split.
+        The names must be those of the first file, or of `like`, the files of another split.
         """
         files = (like or self).files
         first = (like or self).class_names(label)

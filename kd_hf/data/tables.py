@@ -89,9 +89,9 @@ def _open_split(listing: Listing, name: str, train: Source | None = None) -> Sou
         if not listing.all_are(".parquet", name):
             raise UserError(f"data.streaming: '{cfg.path}' is not stored as Parquet files; set data.streaming=false")
         parquet = ParquetFiles(listing.files[name])
-        source = StreamedSource(parquet, listing.builder.info.features, cfg, where)
-        _check_files(listing, name, parquet, source.columns)
-        return source
+        columns = find_columns(listing.builder.info.features or parquet.features, cfg)
+        _check_files(listing, name, parquet, columns)
+        return StreamedSource(parquet, columns, cfg, where)
     with library_errors(cfg):
         listing.builder.download_and_prepare()
         dataset = listing.builder.as_dataset(split=name)
@@ -99,7 +99,7 @@ def _open_split(listing: Listing, name: str, train: Source | None = None) -> Sou
 
 
 def _check_files(listing: Listing, split: str, parquet: ParquetFiles, columns: Columns) -> None:
-    """Raise :class:`UserError` when the files lack columns, or number the classes unlike those of the training split."""
+    """Raise :class:`UserError` when files lack columns, or number the classes unlike those of the training split."""
     like = None
     if split != listing.cfg.train_split and listing.all_are(".parquet", listing.cfg.train_split):
         with suppress(UserError):  # see open_files
@@ -218,14 +218,14 @@ class StreamedSource(Source):
 
     Args:
         parquet: the files of one split.
-        features: the data set's ``datasets.Features``; None when only the files tell them.
+        columns: of the images and the labels.
         cfg: the recipe's `data` block.
         where: place and split, for people.
     """
 
-    def __init__(self, parquet: ParquetFiles, features: Any, cfg: DataConfig, where: str) -> None:
+    def __init__(self, parquet: ParquetFiles, columns: Columns, cfg: DataConfig, where: str) -> None:
         self._parquet = parquet
-        self.columns = find_columns(features or parquet.features, cfg)
+        self.columns = columns
         self.group_sizes = parquet.group_sizes
         self._ends = np.cumsum(self.group_sizes)
         self._where = where

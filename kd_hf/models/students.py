@@ -10,9 +10,12 @@ name                       network                                              
 ``vit_small_patch16_gap``  ScaleKD: ViT without class token, mean of the normalised tokens         stock timm
 ``vit_base_patch16_gap``
 ``vit_base_patch14_gap``   ScaleKD: the same, and a second norm behind the mean                    stock timm
+``resnet18_cifar``         cls_KD: ResNet with a 3×3 stem and no max-pooling, for 32 pixels        brings its code
+``resnet34_cifar``
 =========================  =====================================================================  ==================
 
-All of them see ImageNet's mean and std and are evaluated on the central 224 of 256 pixels, as their papers do. A stock
+All of them see ImageNet's mean and std, and those for ImageNet are evaluated on the central 224 of 256 pixels, as their
+papers do. A stock
 network is one of timm's with the arguments below, so timm and transformers load its artefact as it is. The others are
 written in one file each that is copied into the artefact; transformers runs it there when told to
 (``trust_remote_code=True``), while :func:`kd_hf.models.load.load_model` knows the network and needs no such leave.
@@ -67,6 +70,12 @@ def _mlp_mixer() -> Own:
     return Own(MlpMixerConfig, MlpMixerForImageClassification, AnyPatchMixer)
 
 
+def _cifar_resnet() -> Own:
+    from kd_hf.models.cifar_resnet import CifarResNet, CifarResNetConfig, CifarResNetForImageClassification
+
+    return Own(CifarResNetConfig, CifarResNetForImageClassification, CifarResNet)
+
+
 def _as_vit(network: nn.Module) -> None:
     """A ViT's initial weights; EVA divides those at the end of each branch, and of the classifier, by a factor."""
     from timm.layers import trunc_normal_
@@ -80,6 +89,7 @@ def _as_vit(network: nn.Module) -> None:
 OWN: Mapping[str, Callable[[], Own]] = {
     "kd_hf_conv_stem_deit": _conv_stem_deit,
     "kd_hf_mlp_mixer": _mlp_mixer,
+    "kd_hf_cifar_resnet": _cifar_resnet,
 }
 _CONV_STEM = partial(Student, LIBRARY, "kd_hf_conv_stem_deit")
 _GAP = {"class_token": False, "global_pool": "avg"}
@@ -100,6 +110,8 @@ STUDENTS: Mapping[str, Student] = {
     "conv_stem_deit_small": _CONV_STEM({"embed_dim": 384, "num_heads": 6, "num_labels": 1000}),
     "conv_stem_deit_base": _CONV_STEM({"embed_dim": 768, "num_heads": 12, "num_labels": 1000}),
     "mixer_b14": Student(LIBRARY, "kd_hf_mlp_mixer", {"num_labels": 1000}),
+    "resnet18_cifar": Student(LIBRARY, "kd_hf_cifar_resnet", {"depths": [2, 2, 2, 2], "num_labels": 100}),
+    "resnet34_cifar": Student(LIBRARY, "kd_hf_cifar_resnet", {"depths": [3, 4, 6, 3], "num_labels": 100}),
     "mobilenetv1_relu": Student("timm", "mobilenetv1_100", {"act_layer": "relu"}),
     "vit_small_patch16_gap": Student("timm", "deit_small_patch16_224", {**_GAP, "fc_norm": False}),
     "vit_base_patch16_gap": Student("timm", "deit_base_patch16_224", {**_GAP, "fc_norm": False}),
@@ -139,7 +151,7 @@ def read_weights(network: nn.Module, folder: Path) -> None:
         for key, value in load_file(path).items()
     }
     for key, value in network.state_dict().items():
-        if key.startswith("head") and key in weights and weights[key].shape != value.shape:
+        if key.startswith(("head", "fc")) and key in weights and weights[key].shape != value.shape:
             weights[key] = value
     network.load_state_dict(weights)
 

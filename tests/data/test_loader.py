@@ -167,6 +167,43 @@ def test_streamed_parquet_gives_the_rows_of_its_files(tmp_path):
     assert_equal(batches(Pictures(groups=source.group_sizes), cfg), streamed)
 
 
+@pytest.fixture
+def images(tmp_path):
+    """The same 40 rows as Parquet files of several row groups."""
+    write_parquet(tmp_path / "train-0.parquet", 22, row_group=5)
+    write_parquet(tmp_path / "train-1.parquet", 18, row_group=7, start=22)
+    return CFG.model_copy(update={"path": str(tmp_path), "shuffle_block": 1})
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"world": 2, "rank": 1, "per_device": 4}], ids=["workers", "rank"])
+def test_a_prepared_table_gives_the_batches_of_a_stream(images, options):
+    found = []
+    for streaming in (True, False):
+        cfg = images.model_copy(update={"streaming": streaming})
+        found.append(batches(open_source(cfg, "train"), cfg, start_step=2, **options))
+    assert_equal(*found)
+    rows = torch.cat([batch.row for batch in found[0]])
+    whole = batches(Pictures(), CFG, start_step=2, **options)
+    assert not torch.equal(rows, torch.cat([batch.row for batch in whole]))  # row groups do decide the order
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeats_of_a_stream_have_draws_of_their_own(images, workers):
+    cfg = images.model_copy(update={"streaming": True, "augment": AugmentConfig(repeats=2)})
+    found = batches(open_source(cfg, "train"), cfg, workers=workers)
+    for batch in found:
+        assert torch.equal(batch.row[:4], batch.row[4:]) and len(set(batch.row.tolist())) == 4
+        assert len(set(batch.key.tolist())) == 8
+        assert not torch.equal(batch.views["student"][:4], batch.views["student"][4:])
+    assert len(set(torch.cat([batch.row[:4] for batch in found[:5]]).tolist())) == 20
+    ranks = [
+        batches(open_source(cfg, "train"), cfg, per_device=4, world=2, rank=rank, workers=workers) for rank in (0, 1)
+    ]
+    for one, *parts in zip(found, *ranks, strict=True):
+        assert torch.equal(torch.cat([part.key for part in parts]), one.key)
+        assert torch.equal(torch.cat([part.views["teacher"] for part in parts]), one.views["teacher"])
+
+
 def test_digits_and_folders_load(digits, tmp_path):
     assert batches(open_source(digits, "train"), digits)[0].views["student"].any()
     cfg = DataConfig(path=str(write_folders(tmp_path)))

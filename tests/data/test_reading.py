@@ -33,7 +33,7 @@ def test_library_errors():
         library_errors(cfg),
     ):
         raise FileNotFoundError("for url https://cdn/a?Signature=1")
-    with pytest.raises(UserError, match="^as it was$"), library_errors(cfg):
+    with pytest.raises(UserError, match=r"^as it was$"), library_errors(cfg):
         raise UserError("as it was")
 
 

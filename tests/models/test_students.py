@@ -27,8 +27,9 @@ TINY = {
     "mobilenetv1_relu": ({}, 32),
     "vit_small_patch16_gap": (SMALL, 48),
     "vit_base_patch14_gap": (SMALL, 42),
+    "resnet18_cifar": ({"depths": [1, 1, 1, 1]}, 16),
 }
-OWN = ("conv_stem_deit_tiny", "mixer_b14")
+OWN = ("conv_stem_deit_tiny", "mixer_b14", "resnet18_cifar")
 
 
 def tiny(name, **more):
@@ -74,7 +75,8 @@ def test_every_tap_fires_on_meta(name):
     assert shapes.keys() == set(taps) and handle.info.num_classes == 7
     facts = handle.info.preprocessing
     assert (facts.mean, facts.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert (facts.image_size, facts.crop_pct, facts.interpolation) == (224, 0.875, "bicubic")
+    size = 32 if name.endswith("_cifar") else 224
+    assert (facts.image_size, facts.crop_pct, facts.interpolation) == (size, 0.875, "bicubic")
 
 
 @pytest.mark.parametrize(
@@ -346,14 +348,16 @@ def test_load_model_reads_it_back_without_running_its_code(artefacts, name):
 def test_an_artefact_starts_another_training(artefacts, name):
     root, made = artefacts
     old, new = made[name][0].network, load_model(str(root / name), pretrained=True, num_classes=3, drop_path=0.2)
-    assert new.info.num_classes == 3 and new.label_names == () and new.network.head.weight.shape == (3, 32)
+    assert new.info.num_classes == 3 and new.label_names == ()
+    assert new.network.get_submodule(new.info.head).weight.shape[0] == 3
     weights = new.network.state_dict()
     assert all(
-        torch.equal(weights[key], value) for key, value in old.state_dict().items() if not key.startswith("head")
+        torch.equal(weights[key], value) for key, value in old.state_dict().items() if not key.startswith(("head", "fc"))
     )
     assert sum(isinstance(module, DropPath) for module in new.network.modules()) > 0
-    with pytest.raises(UserError, match="cannot be built: RuntimeError"):
-        load_model(str(root / name), pretrained=True, image_size=112)
+    if not name.endswith("_cifar"):  # a network of one size
+        with pytest.raises(UserError, match="cannot be built: RuntimeError"):
+            load_model(str(root / name), pretrained=True, image_size=112)
 
 
 def test_code_of_others_runs_only_with_leave(tmp_path, monkeypatch):
@@ -411,3 +415,22 @@ def test_mistakes_end_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:
         load_model(**{"device": "meta", **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_a_resnet_for_small_images_is_timms_behind_its_stem():
+    handle = load_model("kd_hf/resnet18_cifar", num_classes=100)
+    assert handle.info.parameters == 11_220_132  # the usual count of ResNet-18 for CIFAR-100
+    assert load_model("kd_hf/resnet34_cifar", num_classes=100, device="meta").info.parameters == 21_328_292
+    pixels = torch.randn(2, 3, 32, 32)
+    shapes = tap_shapes(TappedModel(handle, handle.info, ("stage:1", "stage:3", "stage:4")), 32)
+    assert shapes == {"stage:1": (64, 32, 32), "stage:3": (256, 8, 8), "stage:4": (512, 4, 4)}
+    stock = timm.create_model("resnet18", num_classes=100).eval()
+    weights = handle.network.state_dict()
+    stock.load_state_dict({**weights, "conv1.weight": stock.conv1.weight.detach()})
+    stem = functional.conv2d(pixels, weights["conv1.weight"], padding=1)
+    with torch.no_grad():
+        value = stock.act1(stock.bn1(stem))
+        for stage in (stock.layer1, stock.layer2, stock.layer3, stock.layer4):
+            value = stage(value)
+        expected = stock.fc(stock.global_pool(value))
+    assert logits_of(handle.network, pixels).equal(expected)
