@@ -112,7 +112,8 @@ def prepare(
         return accelerator.prepare(module, optimizer)
     # accelerate shards the classes a model lists here; the student is one unit too, as evaluation runs it alone
     units = [*shard_units(module.student.network, info), module.student]
-    module._no_split_modules = sorted({type(unit).__name__ for unit in units})  # type: ignore[assignment]
+    model: Any = module
+    model._no_split_modules = sorted({type(unit).__name__ for unit in units})
     module.student.register_forward_hook(_own_storage)
     # autocast as without FSDP, for the same numbers: accelerate's own policy would reduce and add losses in bfloat16
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -122,8 +123,8 @@ def prepare(
     prepared.register_forward_pre_hook(_share_buffers)
     _settle_root(prepared)
     if average is not None:
-        mesh: Any = next(module.student.parameters()).device_mesh
-        shard_network(average.module, info, mesh)
+        first: Any = next(module.student.parameters())
+        shard_network(average.module, info, first.device_mesh)
         average.foreach = False  # its lists would mix sharded parameters and whole buffers
     return prepared, wrapped
 
@@ -132,7 +133,8 @@ def _settle_root(module: nn.Module) -> None:
     """Let FSDP2 know its root now: by default the first module that runs is, and that may be the student alone."""
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard.state(module)._lazy_init()
+    states: Any = fully_shard
+    states.state(module)._lazy_init()
 
 
 def _own_storage(module: nn.Module, args: tuple[Any, ...], output: Outputs) -> Outputs:

@@ -18,8 +18,9 @@ INTRODUCTION = """\
 
 One file for every published row, and one for each student without a teacher. The first lines of a file say where its
 values come from, what was published, what differs from the authors' run, and the command. `python -m kd_hf.plan FILE`
-explains one, and any value can be changed on the command line. Published numbers are top-1 on ImageNet's validation
-images, in percent; none of them has been measured with this code.
+explains one, and any value can be changed on the command line. The quick starts need nothing but this package; the
+others are for ImageNet-1k, or CIFAR-100 where the name says so. Published numbers are top-1 in percent; a dash stands
+where nothing was published for these values. None has been measured with this code.
 """
 COLUMNS = ("recipe", "student", "teacher", "losses", "published", "without", "images a step", "length")
 

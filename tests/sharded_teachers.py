@@ -1,6 +1,6 @@
-"""Teachers whole and sharded, as one of several processes sees them; then a training run with a sharded one.
+"""Teachers whole and sharded, as one of several processes sees them; then training runs.
 
-``torchrun … -m tests.sharded_teachers FOLDER RECIPE``
+``torchrun … -m tests.sharded_teachers FOLDER RECIPE …``
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ def compare(name: str) -> dict[str, Any]:
     }
 
 
-def main(folder: str, recipe: str) -> None:
+def main(folder: str, *recipes: str) -> None:
     rank = build_accelerator(TrainConfig(output_dir=folder, use_cpu=True)).process_index
     found = {name: compare(name) for name in NETWORKS}
     (Path(folder) / f"teachers-{rank}.json").write_text(json.dumps(found))
-    train([recipe])
+    for recipe in recipes:
+        train([recipe])
 
 
 if __name__ == "__main__":

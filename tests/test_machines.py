@@ -30,6 +30,17 @@ from tests.test_two_processes import OPTIONS, free_port
 
 LOSSES = ("loss", "task/ce", "kd/soft", "mgd/generation")
 HALF: dict[str, Any] = {"train": {"per_device_train_batch_size": 4}}
+# what FSDP2 must do as DDP does: statistics of BatchNorm, gradients over several batches, bfloat16, recomputation
+OTHER: dict[str, Any] = {
+    "student": {"model": "test_resnet"},
+    "train": {
+        "optim": "adamw",
+        "learning_rate": 1e-3,
+        "bf16": True,
+        "activation_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+    },
+}
 CONFIGS = ROOT / "accelerate_configs"
 
 Done = subprocess.CompletedProcess[str]
@@ -75,9 +86,9 @@ def launch(config: Path, *args: str) -> Done:
     return together([command("accelerate.commands.launch", *fixed, *args)], [ROOT])[0]
 
 
-def train_here(*args: Any) -> DistillTrainer:
-    """A run of this one process."""
-    trainer = DistillTrainer(recipe(*args))
+def train_here(folder: Path, *blocks: dict[str, Any]) -> DistillTrainer:
+    """A run of this one process; from a file, because that is where a recipe's identity comes from."""
+    trainer = DistillTrainer(load_recipe(recipe_file(folder.with_suffix(".yaml"), folder, *blocks)))
     trainer.train()
     return trainer
 
@@ -195,10 +206,11 @@ def test_options_that_exclude_fsdp_are_named(tmp_path, option):
 
 @pytest.fixture(scope="module")
 def with_sharded_teacher(tmp_path_factory) -> Path:
-    """What two machines under torchrun say of sharded teachers, and their run with one in `run`."""
+    """What two machines under torchrun say of sharded teachers; their run with one in `run`, and `other` without."""
     folder = tmp_path_factory.mktemp("sharded")
     path = recipe_file(folder / "recipe.yaml", folder / "run", OPTIONS, HALF, {"teacher": {"shard": True}})
-    for done in two_machines_by_torchrun("tests.sharded_teachers", str(folder), str(path)):
+    other = recipe_file(folder / "other.yaml", folder / "other", OPTIONS, HALF, OTHER)
+    for done in two_machines_by_torchrun("tests.sharded_teachers", str(folder), str(path), str(other)):
         assert done.returncode == 0, done.stdout
     return folder
 
@@ -225,9 +237,9 @@ def test_one_process_keeps_a_teacher_whole():
 
 def test_sharding_a_teacher_does_not_make_another_recipe(tmp_path):
     path = recipe_file(tmp_path / "recipe.yaml", tmp_path, OPTIONS)
-    hashes = {recipe_hash(load_recipe(str(path), [f"teacher.shard={value}"])) for value in ("true", "false")}
-    assert hashes == {recipe_hash(load_recipe(str(path)))}
-    assert recipe_hash(load_recipe(str(path), ["teacher.mode=train"])) not in hashes
+    hashes = {recipe_hash(load_recipe(path, [f"teacher.shard={value}"])) for value in ("true", "false")}
+    assert hashes == {recipe_hash(load_recipe(path))}
+    assert recipe_hash(load_recipe(path, ["teacher.mode=train"])) not in hashes
 
 
 def test_methods_that_run_parts_of_the_teacher_refuse_a_sharded_one(tmp_path):
@@ -250,7 +262,8 @@ def fsdp(alone, tmp_path_factory) -> Path:
     """Two processes under FSDP2: `run` from the start, `resumed` from what one process had saved after 4 steps."""
     folder = tmp_path_factory.mktemp("fsdp")
     shutil.copytree(alone / "checkpoints" / "checkpoint-4", folder / "resumed" / "checkpoints" / "checkpoint-4")
-    paths = [recipe_file(folder / f"{name}.yaml", folder / name, OPTIONS, HALF) for name in ("run", "resumed")]
+    blocks = {"run": {}, "resumed": {}, "other": OTHER}
+    paths = [recipe_file(folder / f"{name}.yaml", folder / name, OPTIONS, HALF, blocks[name]) for name in blocks]
     done = launch(CONFIGS / "8gpu_fsdp2.yaml", "-m", "tests.fsdp_on_cpu", *map(str, paths))
     assert done.returncode == 0, done.stdout
     assert "Warning" not in done.stdout
@@ -259,6 +272,10 @@ def fsdp(alone, tmp_path_factory) -> Path:
 
 def test_a_student_under_fsdp_trains_as_one_process(fsdp, alone):
     assert_same_training(fsdp / "run", alone)
+
+
+def test_a_student_under_fsdp_trains_as_under_ddp(fsdp, with_sharded_teacher):
+    assert_same_training(fsdp / "other", with_sharded_teacher / "other")
 
 
 def test_every_process_holds_its_part(fsdp):

@@ -16,10 +16,9 @@ from torch import nn
 from kd_hf.assemble import assemble
 from kd_hf.optim import LrSchedule, build_optimizer
 from kd_hf.recipe import load_recipe
-from tests import plan_recipes, recipe_index
 from tests.plan_recipes import plan_file
-from tests.recipe_index import FOLDER, README, header, index, processes, published
-from tests.runs import merged, recipe_file
+from tests.recipe_index import FOLDER, header, processes, published
+from tests.runs import merged
 
 Values = dict[str, Any]
 OTHERS = ("quickstart", "scalekd_")  # tested elsewhere
@@ -99,6 +98,26 @@ VKD = training(
         "lr_scheduler_type": "cosine", "min_lr": 5e-6, "fp16": True,
     },
     {**MIXED, "color_jitter": 0.3}, "bicubic", 0.1,
+)  # fmt: skip
+
+MMCLS_CIFAR = merged(
+    MMCLS_SGD,
+    {
+        "student": {
+            "preprocessing": {
+                "mean": [0.50707, 0.48655, 0.44092], "std": [0.26733, 0.25644, 0.27615], "interpolation": None,
+                "crop_pct": 1.0,
+            },
+        },
+        "data": {
+            "path": "uoft-cs/cifar100", "image_column": "img", "label_column": "fine_label", "eval_split": "test",
+            "image_size": 32, "augment": {"crop": {"kind": "pad", "padding": 4}},
+        },
+        "train": {
+            "num_train_epochs": 200.0, "weight_decay": 5e-4, "lr_decay_rate": 0.2,
+            "lr_decay_at": ["60 epochs", "120 epochs", "160 epochs"],
+        },
+    },
 )  # fmt: skip
 
 
@@ -270,6 +289,15 @@ for _size, _top1 in (("tiny", 79.2), ("small", 82.9)):
     _model = f"kd_hf/conv_stem_deit_{_size}"
     OFFICIAL[f"vkd_regnety_160_conv_stem_deit_{_size}"] = row(VKD, _model, 512, 1, VKD_LOSS, "regnety_160", _top1)
     OFFICIAL[f"plain_conv_stem_deit_{_size}"] = row(VKD, _model, 512, 1, {})
+CIFAR_LOSSES = merged(USKD, {"uskd": {"alpha": 0.1, "beta": 0.1, "mu": 0.1}})
+CIFAR_NKD = merged(NKD_CNN, {"nkd": {"temperature": 3.0, "gamma": 3.5}})
+OFFICIAL["plain_resnet18_cifar"] = row(MMCLS_CIFAR, "kd_hf/resnet18_cifar", 16, 8, {})
+OFFICIAL["plain_resnet34_cifar"] = row(MMCLS_CIFAR, "kd_hf/resnet34_cifar", 16, 8, {})
+OFFICIAL["uskd_resnet18_cifar"] = row(MMCLS_CIFAR, "kd_hf/resnet18_cifar", 16, 8, CIFAR_LOSSES, with_=79.90)
+OFFICIAL["nkd_resnet34_resnet18_cifar"] = row(MMCLS_CIFAR, "kd_hf/resnet18_cifar", 16, 8, CIFAR_NKD)
+OFFICIAL["nkd_resnet34_resnet18_cifar"]["values"]["teacher"] = {
+    "model": None, "recipe": str(FOLDER / "plain_resnet34_cifar.yaml"), "mode": "batch_stats",
+}  # fmt: skip
 
 
 def within(found: Any, wanted: Any) -> Any:
@@ -412,6 +440,7 @@ LEARNED: dict[str, tuple[str, int]] = {
     "uskd_resnet101": ("uskd", 1024 * 1000 + 1000),
     "uskd_mobilenetv1": ("uskd", 512 * 1000 + 1000),
     "uskd_mobilenetv2": ("uskd", 320 * 1000 + 1000),
+    "uskd_resnet18_cifar": ("uskd", 256 * 100 + 100),
     "uskd_regnetx_016": ("uskd", 408 * 1000 + 1000),
     "uskd_swin_tiny": ("uskd", 384 * 1000 + 1000 + 2 * 384),
     "uskd_deit_tiny": ("uskd", 192 * 1000 + 1000),
@@ -424,6 +453,7 @@ STUDENTS = {
     "cls_kd_deit_base_deit_small": 22_050_664,
     "vkd_regnety_160_conv_stem_deit_tiny": 6_633_104,
     "plain_conv_stem_deit_small": 23_797_520,
+    "plain_resnet18_cifar": 11_220_132,
 }
 
 
@@ -431,7 +461,7 @@ STUDENTS = {
 def test_plans_have_the_sizes_of_the_authors(name):
     plan = plan_file(FOLDER / f"{name}.yaml")
     assert plan["global_batch"] == OFFICIAL[name]["values"]["train"]["per_device_train_batch_size"] * plan["processes"]
-    assert {network["image_size"] for network in plan["networks"].values()} == {224}
+    assert {net["image_size"] for net in plan["networks"].values()} == {OFFICIAL[name]["values"]["data"]["image_size"]}
     if name in LEARNED:
         method, parameters = LEARNED[name]
         assert plan["methods"][method]["parameters"] == parameters
@@ -441,7 +471,9 @@ def test_plans_have_the_sizes_of_the_authors(name):
 
 # one recipe with each teacher
 TAUGHT = {
-    official["values"]["teacher"]["model"]: name for name, official in OFFICIAL.items() if official["values"]["teacher"]
+    official["values"]["teacher"]["model"]: name
+    for name, official in OFFICIAL.items()
+    if (official["values"]["teacher"] or {}).get("model")
 }
 
 
@@ -450,27 +482,3 @@ def test_student_and_teacher_see_the_same_pixels(name):
     parts = assemble(load_recipe(FOLDER / f"{name}.yaml"), 1000, device="meta")
     views = {(view.image_size, view.interpolation, view.mean, view.std) for view in parts.views().values()}
     assert len(parts.views()) == 2 and len(views) == 1
-
-
-# --- index and command ----------------------------------------------------------------------------------------------
-
-
-def test_the_index_is_current():
-    assert README.read_text(encoding="utf-8") == index(), "run python -m tests.recipe_index"
-
-
-def test_a_row_of_the_index():
-    assert recipe_index.row(FOLDER / "nkd_deit3_small_deit_tiny.yaml") == (
-        "[nkd_deit3_small_deit_tiny](nkd_deit3_small_deit_tiny.yaml)", "deit_tiny_patch16_224",
-        "deit3_small_patch16_224.fb_in22k_ft_in1k", "nkd", "76.68", "74.42", "4 × 256", "300 epochs",
-    )  # fmt: skip
-
-
-def test_the_command_prints_a_row_for_each_recipe(tmp_path, capsys):
-    good = recipe_file(tmp_path / "good.yaml", tmp_path / "run")
-    bad = recipe_file(tmp_path / "bad.yaml", tmp_path / "run", {"student": {"model": "resnet1"}})
-    assert plan_recipes.main([str(good)]) == 0
-    assert plan_recipes.main([str(good), str(bad)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["good", "good", "bad"]
-    assert "trains 0." in lines[0] and "FAILED" in lines[2] and "resnet1" in lines[2]

@@ -20,8 +20,8 @@ time.sleep = lambda seconds: None  # the client's pauses before it tries again a
 for block, split in json.load(sys.stdin):
     try:
         source = open_source(DataConfig(**block), split)
-        rows = [source.read(row) for row in range(len(source))]
-        print(json.dumps([source.class_names, source.group_sizes, [[data.hex(), label] for data, label in rows]]), flush=True)
+        rows = [[data.hex(), label] for data, label in map(source.read, range(len(source)))]
+        print(json.dumps([source.class_names, source.group_sizes, rows]), flush=True)
     except UserError as error:
         print(json.dumps(str(error)), flush=True)
 """
