@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -158,7 +159,7 @@ class DistillModule(nn.Module):
 
     def named_methods(self) -> list[tuple[str, Method]]:
         """Methods by block name, typed."""
-        return list(self.methods.items())  # type: ignore[arg-type]
+        return list(cast("dict[str, Method]", self.methods).items())
 
 
 def by_role(outputs: Outputs, roles: Mapping[str, str]) -> Outputs:

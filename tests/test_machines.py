@@ -41,6 +41,12 @@ OTHER: dict[str, Any] = {
         "gradient_accumulation_steps": 2,
     },
 }
+# taps that are views of a larger tensor
+TOKENS: dict[str, Any] = {
+    "student": {"model": "test_vit", "kwargs": {"depth": 3}},
+    "teacher": {"model": "test_vit", "kwargs": {"depth": 4}},
+    "methods": {"mgd": None, "vitkd": {}},
+}
 CONFIGS = ROOT / "accelerate_configs"
 
 Done = subprocess.CompletedProcess[str]
@@ -99,12 +105,14 @@ def alone(tmp_path_factory) -> Path:
     return train_here(tmp_path_factory.mktemp("alone") / "run", OPTIONS).run.path
 
 
-def assert_same_training(folder: Path, alone: Path, steps: range = range(1, 7)) -> None:
+def assert_same_training(
+    folder: Path, alone: Path, steps: range = range(1, 7), losses: tuple[str, ...] = LOSSES
+) -> None:
     """Losses of these steps, and all tensors of the last checkpoint."""
     runs = [{line["step"]: line for line in read_log(run) if "loss" in line} for run in (folder, alone)]
     assert list(runs[0]) == list(steps)
     for step in steps:
-        for name in LOSSES:
+        for name in losses:
             assert runs[0][step][name] == pytest.approx(runs[1][step][name], rel=1e-5)
     last = [run / "checkpoints" / "checkpoint-6" for run in (folder, alone)]
     for name in ("module", "ema"):
@@ -262,7 +270,7 @@ def fsdp(alone, tmp_path_factory) -> Path:
     """Two processes under FSDP2: `run` from the start, `resumed` from what one process had saved after 4 steps."""
     folder = tmp_path_factory.mktemp("fsdp")
     shutil.copytree(alone / "checkpoints" / "checkpoint-4", folder / "resumed" / "checkpoints" / "checkpoint-4")
-    blocks = {"run": {}, "resumed": {}, "other": OTHER}
+    blocks = {"run": {}, "resumed": {}, "other": OTHER, "tokens": TOKENS}
     paths = [recipe_file(folder / f"{name}.yaml", folder / name, OPTIONS, HALF, blocks[name]) for name in blocks]
     done = launch(CONFIGS / "8gpu_fsdp2.yaml", "-m", "tests.fsdp_on_cpu", *map(str, paths))
     assert done.returncode == 0, done.stdout
@@ -276,6 +284,11 @@ def test_a_student_under_fsdp_trains_as_one_process(fsdp, alone):
 
 def test_a_student_under_fsdp_trains_as_under_ddp(fsdp, with_sharded_teacher):
     assert_same_training(fsdp / "other", with_sharded_teacher / "other")
+
+
+def test_a_tokens_student_under_fsdp_trains_as_one_process(fsdp, tmp_path):
+    train_here(tmp_path / "run", OPTIONS, TOKENS)
+    assert_same_training(fsdp / "tokens", tmp_path / "run", losses=("loss", "task/ce", "kd/soft", "vitkd/mimic"))
 
 
 def test_every_process_holds_its_part(fsdp):

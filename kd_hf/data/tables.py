@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from kd_hf.data.reading import check_labels, library_errors
 from kd_hf.data.source import UNLABELLED, Source, Split, choose_split
 from kd_hf.data.tars import TarSource
 from kd_hf.errors import UserError
-from kd_hf.files import write_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -110,8 +110,9 @@ def _check_files(listing: Listing, split: str, parquet: ParquetFiles, columns: C
 def _open_train(listing: Listing) -> Source | None:
     """The training split, unless that means to download it."""
     name = choose_split(listing.cfg, "train", list(listing.files))
-    if listing.all_are(".tar", name) and not all(map(_at_hand, listing.files[name])):
-        return None
+    with library_errors(listing.cfg):
+        if listing.all_are(".tar", name) and not all(map(_at_hand, listing.files[name])):
+            return None
     return _open_split(listing, name)
 
 
@@ -153,8 +154,10 @@ def _row_groups(listing: Listing, split: str, dataset: Any) -> tuple[int, ...]:
         parquet = ParquetFiles(listing.files[split])
         _check_files(listing, split, parquet, find_columns(dataset.features, listing.cfg))
         known[split] = list(parquet.group_sizes)
-        with suppress(UserError):  # it can be read again
-            write_text(memory, json.dumps(known))
+        with suppress(OSError):  # it can be read again
+            temporary = memory.with_name(f".{uuid4().hex}")  # other processes do the same
+            temporary.write_text(json.dumps(known))
+            temporary.replace(memory)
     sizes = tuple(known.get(split, [len(dataset)]))
     if sum(sizes) != len(dataset):
         raise UserError(

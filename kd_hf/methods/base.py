@@ -7,6 +7,7 @@ number (draws are arguments), never holds its outer weight (the recipe does), an
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -87,7 +88,7 @@ class Cost:
     macs: int = 0
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """Base of every method. Subclasses set `name`, `Config`, `paper`, `weight` and implement `needs` and `forward`."""
 
     name: ClassVar[str]
@@ -98,9 +99,9 @@ class Method(nn.Module):
         """No options."""
 
     @classmethod
+    @abstractmethod
     def needs(cls, cfg: Any, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
         """Say what is read; `cfg` is a `cls.Config`. Raises :class:`UserError` when these networks cannot serve."""
-        raise NotImplementedError
 
     def __init__(
         self,
@@ -118,11 +119,11 @@ class Method(nn.Module):
         """Random tensors for this batch; called outside `forward` so that tests can inject others."""
         return {}
 
+    @abstractmethod
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Target, draws: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map a batch to named scalar losses; the method's loss is their sum."""
-        raise NotImplementedError
 
     def cost(self) -> Cost:
         """Own parameters and multiply–accumulates per image."""

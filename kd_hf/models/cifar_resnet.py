@@ -47,10 +47,12 @@ class CifarResNet(ResNet):
         super().__init__(
             BasicBlock, tuple(config.depths), num_classes=config.num_labels or 0, drop_path_rate=config.drop_path_rate
         )
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
-        for level in self.feature_info:  # the stem no longer divides the resolution by 4
+        stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.set_submodule("conv1", stem)
+        self.set_submodule("maxpool", nn.Identity())
+        levels: Any = self.feature_info
+        for level in levels:  # the stem no longer divides the resolution by 4
             level["reduction"] = max(1, level["reduction"] // 4)
         self.config = config
         self.pretrained_cfg = {"classifier": "fc", "input_size": (3, config.image_size, config.image_size)}

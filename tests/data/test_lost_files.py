@@ -63,22 +63,28 @@ def command(tmp_path, digits_files, monkeypatch, capsys):
     return call
 
 
+def file_of_row(source, row):
+    return source._files[np.searchsorted(source._ends, row, "right")]
+
+
+def file_of_group(files, group):
+    return files.files[files.groups[group][0]]
+
+
 @pytest.fixture
 def loss(tmp_path, digits_files, monkeypatch):
-    """From now on, a file is renamed to `lost` in the middle of a run, just before it is read; returns its path."""
-    if any(digits_files.glob("*.tar")):
-        kind, late, file_of = (
-            TarSource,
-            300,
-            lambda source, row: source._files[np.searchsorted(source._ends, row, "right")],
-        )
-    else:
-        kind, late, file_of = ParquetFiles, 8, lambda files, group: files.files[files.groups[group][0]]
+    """A context in which a file is renamed to `lost` in the middle of a run, just before it is read.
+
+    Gives a list that will hold its path.
+    """
+    tar = any(digits_files.glob("*.tar"))
+    kind, late, file_of = (TarSource, 300, file_of_row) if tar else (ParquetFiles, 8, file_of_group)
     original, found, calls = kind.read, [], itertools.count(1)
 
     def read(self, place, *rest):
         if next(calls) == late:
-            found.append(Path(file_of(self, place)).rename(tmp_path / "lost") and file_of(self, place))
+            found.append(file_of(self, place))
+            Path(found[0]).rename(tmp_path / "lost")
         return original(self, place, *rest)
 
     @contextmanager

@@ -235,3 +235,13 @@ def datasets_cache():
     import datasets
 
     return datasets.config.HF_DATASETS_CACHE
+
+
+def test_a_table_that_was_not_made_from_parquet_is_one_group(tmp_path):
+    write_folders(tmp_path)
+    files = {"train": "train/**", "validation": "val/**"}
+    train = open_source(DataConfig(path=str(tmp_path), data_files=files), "train")
+    assert train.group_sizes == (9,) and train.class_names == ("ant", "bee", "cat")
+    assert {train.read(row) for row in range(9)} == {
+        (path.read_bytes(), train.class_names.index(path.parent.name)) for path in tmp_path.glob("train/*/*.png")
+    }
