@@ -120,9 +120,9 @@ class AugmentConfig(Block):
     crop: CropConfig = CropConfig()
     hflip: float = Field(0.5, ge=0, le=1)
     auto_augment: str | None = None
-    """A RandAugment policy in timm's terms, e.g. `rand-m9-mstd0.5-inc1`."""
+    """A policy in timm's terms: RandAugment as `rand-m9-mstd0.5-inc1`, 3-Augment as `3a`, AutoAugment as `original`."""
     color_jitter: float = Field(0.0, ge=0)
-    """Strength of brightness, contrast and saturation jitter; not used together with `auto_augment`."""
+    """Strength of brightness, contrast and saturation jitter; not used together with `auto_augment`, except `3a`."""
     erasing: float = Field(0.0, ge=0, le=1)
     """Probability of random erasing (area 0.02–1/3, aspect 0.3–10/3, per-pixel normal noise after normalisation)."""
     mixup: float = Field(0.0, ge=0)

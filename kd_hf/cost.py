@@ -63,8 +63,16 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _forward_flops(model: TappedModel, size: int) -> int:
-    with _mode(model, False), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(_pixels(model, size, 1))
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        # the counter hooks the gradient of what enters a module, and without one a bare parameter (CaiT) has none
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        with _mode(model, False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(_pixels(model, size, 1))
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
     return counter.get_total_flops()
 
 

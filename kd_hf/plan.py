@@ -75,12 +75,14 @@ def _length(recipe: Recipe, batch: int) -> str:
 
 def _random(recipe: Recipe) -> list[str]:
     """What is drawn for every image."""
+    from kd_hf.data.views import takes_jitter
+
     augment = recipe.data.augment
     drawn = {
         "crop": augment.crop.kind != "resize",
         "flip": augment.hflip > 0,
-        "RandAugment": bool(augment.auto_augment),
-        "colour": augment.color_jitter > 0 and not augment.auto_augment,
+        str(augment.auto_augment): bool(augment.auto_augment),
+        "colour": augment.color_jitter > 0 and takes_jitter(augment.auto_augment),
         "erasing": augment.erasing > 0,
         "mixup": augment.mixup > 0,
         "cutmix": augment.cutmix > 0,

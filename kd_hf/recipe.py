@@ -322,8 +322,19 @@ def _flatten(annotation: Any) -> list[Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, with its hash in the first line; loading it gives the same recipe."""
-    values = recipe.model_dump(mode="json")
+    values = _resolved(recipe)
     return f"{_HASH_LINE}{recipe_hash(recipe)}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, methods' defaults written out (a recipe made in Python may leave them open)."""
+    from kd_hf.methods import get_method
+
+    values = recipe.model_dump(mode="json")
+    for name, block in recipe.methods.items():
+        config = get_method(block.method or name).Config
+        values["methods"][name] |= config.model_validate(block.options).model_dump(mode="json")
+    return values
 
 
 def trained_hash(artefact: Path) -> str | None:
@@ -343,11 +354,12 @@ def trained_hash(artefact: Path) -> str | None:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Twelve hex digits over everything that decides the result (not output folder, workers, logging)."""
-    where = {"shard"}  # how a teacher is held in memory changes nothing it says
-    values = recipe.model_dump(
-        mode="json",
-        exclude={"train": set(_NOT_HASHED), "baseline": True, "teacher": where, "teachers": {"__all__": where}},
-    )
+    values = _resolved(recipe)
+    values["train"] = {key: value for key, value in values["train"].items() if key not in _NOT_HASHED}
+    for teacher in (values["teacher"], *values["teachers"].values()):
+        if teacher is not None:
+            del teacher["shard"]  # how a teacher is held in memory changes nothing it says
+    del values["baseline"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -33,6 +33,9 @@ def main(recipes: list[str]) -> None:
     for path in recipes:
         trainer = DistillTrainer(load_recipe(path))
         trainer.evaluate()  # the student alone runs before the module that holds it
+        counters = [buffer for buffer in trainer.plain_module.buffers() if not buffer.is_floating_point()]
+        for counter in counters:
+            counter += trainer.accelerator.process_index  # a difference that the first step has to undo
         trainer.train()
         moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
         shares = {
@@ -40,6 +43,7 @@ def main(recipes: list[str]) -> None:
             "module": share(trainer.plain_module.parameters()),
             "average": share(trainer.ema.module.parameters()),
             "optimizer": share(moments),
+            "counters": [counter.item() for counter in counters],
         }
         name = f"shares-{trainer.accelerator.process_index}.json"
         (Path(trainer.args.output_dir) / name).write_text(json.dumps(shares))

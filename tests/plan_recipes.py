@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-from kd_hf.errors import UserError
 from kd_hf.plan import plan_recipe
 from kd_hf.recipe import load_recipe
 from tests.recipe_index import FOLDER, processes
@@ -35,9 +34,9 @@ def main(names: list[str]) -> int:
         start = time.perf_counter()
         try:
             line = describe(plan_file(path))
-        except UserError as error:
+        except Exception as error:  # a defect of one recipe must not hide the others
             failed += 1
-            line = f"FAILED: {error}"
+            line = f"FAILED: {type(error).__name__}: {error}"
         print(f"{path.stem:45} {time.perf_counter() - start:4.1f} s  {line}", flush=True)
     return 1 if failed else 0
 

@@ -53,11 +53,10 @@ Done = subprocess.CompletedProcess[str]
 
 
 def together(commands: list[list[str]], folders: list[Path]) -> list[Done]:
-    """Run commands side by side, each in its own working directory, to their end."""
+    """Run commands side by side, each in its own working directory, to their end. GPUs are hidden from them."""
+    hidden = environment() | {"CUDA_VISIBLE_DEVICES": ""}
     started = [
-        subprocess.Popen(
-            line, env=environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        subprocess.Popen(line, env=hidden, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for line, folder in zip(commands, folders, strict=True)
     ]
     try:
@@ -164,6 +163,14 @@ def test_a_launcher_that_starts_one_process_of_two_is_stopped(tmp_path):
     assert done.returncode != 0
     assert "asks for several processes, but it started one. On a CPU use accelerate_configs/2cpu.yaml" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_other_engines_are_refused(tmp_path, monkeypatch, kind):
+    found = SimpleNamespace(num_processes=1, distributed_type=kind)
+    monkeypatch.setattr("kd_hf.runtime.Accelerator", lambda **_: found)
+    with pytest.raises(UserError, match=f"asks for {kind.value}; kd_hf trains with DDP or FSDP2"):
+        build_accelerator(TrainConfig(output_dir=str(tmp_path), use_cpu=True))
 
 
 def test_fsdp_without_gpus_is_refused(tmp_path, monkeypatch):
@@ -294,8 +301,15 @@ def test_a_tokens_student_under_fsdp_trains_as_one_process(fsdp, tmp_path):
 def test_every_process_holds_its_part(fsdp):
     for rank in range(2):
         shares = json.loads((fsdp / "run" / f"shares-{rank}.json").read_text())
-        assert shares.pop("plain") == []
-        assert shares == pytest.approx(dict.fromkeys(("module", "average", "optimizer"), 0.5), abs=0.02)
+        assert shares["plain"] == []
+        for name in ("module", "average", "optimizer"):
+            assert shares[name] == pytest.approx(0.5, abs=0.02)
+
+
+def test_every_process_has_the_first_ones_buffers(fsdp):
+    counters = [json.loads((fsdp / "other" / f"shares-{rank}.json").read_text())["counters"] for rank in range(2)]
+    assert counters[0] == counters[1]
+    assert set(counters[0]) == {12}  # two batches in each of six steps
 
 
 def test_fsdp_continues_what_one_process_began(fsdp, alone):

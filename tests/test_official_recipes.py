@@ -90,16 +90,23 @@ DEIT = training(
         "lr_schedule_on": "epoch", "warmup_steps": "5 epochs", "warmup_lr": 1e-6, "min_lr": 1e-5,
         "ema": {"decay": 0.99996, "warmup": False, "buffers": "average", "export": False},
     },
-    STRONG, "bicubic", 0.1,
+    {**STRONG, "repeats": 3}, "bicubic", 0.1,
 )  # fmt: skip
 VKD = training(
     {
         "optim": "adamw", "learning_rate": 5e-4, "weight_decay": 0.05, "num_train_epochs": 300.0,
         "lr_scheduler_type": "cosine", "min_lr": 5e-6, "fp16": True,
     },
-    {**MIXED, "color_jitter": 0.3}, "bicubic", 0.1,
+    {**MIXED, "auto_augment": "3a", "color_jitter": 0.3}, "bicubic", 0.1,
 )  # fmt: skip
 
+MMCLS_SHUFFLENETV2 = training(
+    {
+        "optim": "momentum", "learning_rate": 0.5, "weight_decay": 4e-5, "num_train_epochs": 300.0,
+        "lr_scheduler_type": "linear", "warmup_steps": "5000 steps", "warmup_lr": 0.05,
+    },
+    {}, "bilinear", 0.0,
+)  # fmt: skip
 MMCLS_CIFAR = merged(
     MMCLS_SGD,
     {
@@ -138,6 +145,7 @@ MMCLS: dict[str, tuple[str, int, int, Values, float]] = {
     "resnet101": ("resnet101", 32, 8, MMCLS_SGD, 77.97),
     "mobilenetv1": ("kd_hf/mobilenetv1_relu", 32, 8, MMCLS_SGD, 69.21),
     "mobilenetv2": ("mobilenetv2_100", 32, 8, MMCLS_MOBILENETV2, 71.86),
+    "shufflenetv2_x1": ("kd_hf/shufflenetv2_x1", 64, 16, MMCLS_SHUFFLENETV2, 69.55),
     "regnetx_016": ("regnetx_016", 128, 8, MMCLS_REGNETX, 76.84),
     "swin_tiny": (
         "swin_tiny_patch4_window7_224", 64, 16,
@@ -254,6 +262,7 @@ OFFICIAL: dict[str, Values] = {
     "vitkd_nkd_deit_small_deit_tiny": mmcls("deit_tiny", {**VITKD, **NKD_VIT}, None, "deit_small"),
     "uskd_mobilenetv1": mmcls("mobilenetv1", USKD, 70.38),
     "uskd_mobilenetv2": mmcls("mobilenetv2", merged(USKD, {"uskd": {"tap": "stage:-1"}}), 72.41),
+    "uskd_shufflenetv2_x1": mmcls("shufflenetv2_x1", merged(USKD, {"uskd": {"tap": "stage:-1"}}), 70.30),
     "uskd_resnet18": mmcls("resnet18", USKD, 70.79),
     "uskd_resnet50": mmcls("resnet50", USKD, 77.07),
     "uskd_resnet101": mmcls("resnet101", USKD, 78.54),
@@ -440,6 +449,7 @@ LEARNED: dict[str, tuple[str, int]] = {
     "uskd_resnet101": ("uskd", 1024 * 1000 + 1000),
     "uskd_mobilenetv1": ("uskd", 512 * 1000 + 1000),
     "uskd_mobilenetv2": ("uskd", 320 * 1000 + 1000),
+    "uskd_shufflenetv2_x1": ("uskd", 464 * 1000 + 1000),
     "uskd_resnet18_cifar": ("uskd", 256 * 100 + 100),
     "uskd_regnetx_016": ("uskd", 408 * 1000 + 1000),
     "uskd_swin_tiny": ("uskd", 384 * 1000 + 1000 + 2 * 384),
@@ -454,6 +464,7 @@ STUDENTS = {
     "vkd_regnety_160_conv_stem_deit_tiny": 6_633_104,
     "plain_conv_stem_deit_small": 23_797_520,
     "plain_resnet18_cifar": 11_220_132,
+    "plain_shufflenetv2_x1": 2_278_604,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -40,22 +41,22 @@ class Layout:
 class EpochOrder:
     """The order of all epochs of a run.
 
-    Row groups are permuted by (seed, epoch), laid end to end and cut into lanes of equal length. Every lane gives the
-    same number of images to each global batch, at fixed places of it; inside a lane, rows are permuted within blocks
-    of about `shuffle_block` row groups. So whoever reads a part of the batch needs one block of its own lanes at a
-    time, and the batches do not depend on who that is. With one row group this is a plain permutation.
+    Row groups are permuted by (seed, epoch), laid end to end and cut into lanes. Every lane gives the same number of
+    images to each global batch, at fixed places of it; inside a lane, rows are permuted within blocks of about
+    `shuffle_block` row groups. So whoever reads a part of the batch needs one block of its own lanes at a time, and the
+    batches do not depend on who that is. With one row group this is a plain permutation.
 
     Args:
         group_sizes: rows of each row group, in file order.
         seed: of the run.
         shuffle_block: row groups per block.
-        repeats: how often each image occurs in a global batch (repeated augmentation); the epoch keeps its
-            number of positions and so shows ``1 / repeats`` of the images.
+        repeats: how often each image occurs in a global batch (repeated augmentation), the last ones once less where
+            it does not divide the batch; the epoch keeps its positions and so shows ``1 / repeats`` of the images.
         global_batch: images per optimiser step.
-        lanes: at most so many; the number used divides the images of a global batch.
+        lanes: at most so many; never more than a global batch has images.
 
     Raises:
-        UserError: the global batch is larger than the data set, or not a multiple of `repeats`.
+        UserError: the global batch is larger than the data set.
     """
 
     def __init__(
@@ -69,19 +70,16 @@ class EpochOrder:
     ) -> None:
         self._sizes = np.asarray(group_sizes, dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
-        self.seed, self.repeats, self.global_batch = seed, repeats, global_batch
-        if global_batch % repeats:
-            raise UserError(
-                f"data.augment.repeats: {repeats} does not divide the global batch of {global_batch} images"
-                " (train.per_device_train_batch_size × processes × gradient_accumulation_steps)"
-            )
+        self.seed, self.global_batch = seed, global_batch
         if len(self) < global_batch:
             raise UserError(
                 f"train.per_device_train_batch_size: the global batch of {global_batch} images (over all processes"
                 f" and accumulation steps) is larger than the data set of {len(self)} images"
             )
-        self.distinct = global_batch // repeats
-        self.lanes = math.gcd(self.distinct, lanes) if len(self._sizes) > 1 else 1
+        self.distinct = -(-global_batch // repeats)
+        self.lanes = min(self.distinct, lanes) if len(self._sizes) > 1 else 1
+        # lane l gives the images from cuts[l] to cuts[l + 1] of every global batch
+        self._cuts = np.arange(self.lanes + 1) * self.distinct // self.lanes
         self._block = max(1, math.ceil(shuffle_block * len(self) / len(self._sizes)))  # in rows
         self._memo: tuple[int, np.ndarray] | None = None  # of the epoch asked for last; not state: a pure function
 
@@ -93,8 +91,13 @@ class EpochOrder:
         """Optimiser steps per epoch; the positions after the last whole global batch are not used."""
         return len(self) // self.global_batch
 
+    @property
+    def lane_starts(self) -> np.ndarray:
+        """Where each lane begins in :meth:`permutation`, and its end; int64 ``[lanes + 1]``."""
+        return self._cuts * (len(self) // self.distinct)
+
     def permutation(self, epoch: int) -> np.ndarray:
-        """Rows of `epoch` by lane and place in it, int64 ``[lanes, len(self) // lanes]``."""
+        """Rows of `epoch`, lane after lane, each in the order in which it gives them."""
         if self._memo is None or self._memo[0] != epoch:
             self._memo = (epoch, self._permute(epoch))
         return self._memo[1]
@@ -102,12 +105,12 @@ class EpochOrder:
     def _permute(self, epoch: int) -> np.ndarray:
         draws = generator(self.seed, "order", epoch)
         rows = self._rows_of(draws.permutation(len(self._sizes)))
-        length = len(rows) // self.lanes
-        lanes = rows[: length * self.lanes].reshape(self.lanes, length)
-        for start in range(0, length, self._block):
-            block = lanes[:, start : start + self._block]
-            lanes[:, start : start + self._block] = draws.permuted(block, axis=1)
-        return lanes
+        # the rows left over after the last whole batch belong to the last lane, so that others take their turn
+        ends = [*self.lane_starts[:-1].tolist(), len(rows)]
+        for lane, end in pairwise(ends):
+            for start in range(lane, end, self._block):
+                draws.shuffle(rows[start : min(end, start + self._block)])
+        return rows
 
     def _rows_of(self, groups: np.ndarray) -> np.ndarray:
         sizes = self._sizes[groups]
@@ -125,8 +128,10 @@ class EpochOrder:
             raise ValueError(f"positions {start}–{stop} are outside an epoch of {self.steps_per_epoch} global batches")
         batch, inside = np.divmod(np.arange(start, stop), self.global_batch)
         repeat, image = np.divmod(inside, self.distinct)
-        per_lane = self.distinct // self.lanes
-        return self.permutation(epoch)[image // per_lane, batch * per_lane + image % per_lane], repeat
+        lane = np.searchsorted(self._cuts, image, side="right") - 1
+        first = self._cuts[lane]
+        place = self.lane_starts[lane] + batch * (self._cuts[lane + 1] - first) + image - first
+        return self.permutation(epoch)[place], repeat
 
 
 def spread_rows(group_sizes: Sequence[int], count: int) -> np.ndarray:

@@ -148,11 +148,16 @@ def draw_geometry(augment: AugmentConfig, size: tuple[int, int], reference: int,
         shift = (float(dx) / reference, float(dy) / reference)
     flip = bool(draws.random() < augment.hflip)
     jitter: tuple[tuple[str, float], ...] = ()
-    if augment.color_jitter and not augment.auto_augment:
+    if augment.color_jitter and takes_jitter(augment.auto_augment):
         names = [list(ENHANCERS)[i] for i in draws.permutation(len(ENHANCERS))]
         low, high = max(0.0, 1.0 - augment.color_jitter), 1.0 + augment.color_jitter
         jitter = tuple((name, float(draws.uniform(low, high))) for name in names)
     return Geometry(box, shift, flip, jitter)
+
+
+def takes_jitter(policy: str | None) -> bool:
+    """Whether colour jitter is used beside a policy: with 3-Augment only, as in timm."""
+    return not policy or policy.startswith("3a")
 
 
 def random_resized_box(
@@ -177,7 +182,7 @@ def random_resized_box(
 
 
 def take_view(image: Image.Image, geometry: Geometry, spec: Preprocessing) -> Image.Image:
-    """Crop, resize, shift, flip and jitter a decoded image into a view of ``image_size`` pixels per side."""
+    """Crop, resize, shift and flip a decoded image into a view of ``image_size`` pixels per side."""
     side = spec.image_size
     if geometry.box is not None:
         # not resize(box=…), which would let pixels around the box shine in
@@ -190,31 +195,40 @@ def take_view(image: Image.Image, geometry: Geometry, spec: Preprocessing) -> Im
         view = canvas
     if geometry.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for name, factor in geometry.jitter:
+    return view
+
+
+def jittered(view: Image.Image, jitter: Sequence[tuple[str, float]]) -> Image.Image:
+    """Apply enhancers by name and factor, in their order."""
+    for name, factor in jitter:
         view = ENHANCERS[name](view).enhance(factor)
     return view
 
 
-def rand_augment(policy: str, spec: Preprocessing) -> Callable[[Image.Image], Image.Image]:
-    """Build timm's RandAugment for a view, as timm's training transform does; it draws from the global generators.
+def augment_policy(policy: str, spec: Preprocessing) -> Callable[[Image.Image], Image.Image]:
+    """Build timm's RandAugment (``rand-…``) or AutoAugment (``original``, ``v0``, ``3a`` for 3-Augment, …) for a view.
+
+    As in timm's training transform; it draws from the global generators.
 
     Raises:
         UserError: a policy that timm does not understand.
     """
-    from timm.data.auto_augment import rand_augment_transform
+    from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 
     hparams = {
         "translate_const": int(spec.image_size * 0.45),
         "img_mean": tuple(min(255, round(255 * x)) for x in spec.mean),
         "interpolation": Image.Resampling[spec.interpolation.upper()],
     }
+    build = rand_augment_transform if policy.startswith("rand") else auto_augment_transform
     try:
-        transform = rand_augment_transform(policy, hparams)
+        transform: Any = build(policy, hparams)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
-            f"data.augment.auto_augment: '{policy}' is not a RandAugment policy of timm, such as 'rand-m9-mstd0.5-inc1'"
+            f"data.augment.auto_augment: '{policy}' is not a policy of timm, such as 'rand-m9-mstd0.5-inc1' or '3a'"
         ) from error
-    for op in transform.ops:
+    steps = transform.ops if policy.startswith("rand") else [op for part in transform.policy for op in part]
+    for op in steps:
         if op.name.startswith("Posterize"):
             op.aug_fn = partial(_posterize, op.aug_fn)
     return transform
@@ -237,7 +251,7 @@ class TrainTransform:
         self.size = plan.size
         self.augment = augment
         policy = augment.auto_augment
-        self.policies = {name: rand_augment(policy, spec) for name, spec in self.views.items()} if policy else {}
+        self.policies = {name: augment_policy(policy, spec) for name, spec in self.views.items()} if policy else {}
 
     def __call__(self, data: bytes, key: int) -> dict[str, np.ndarray]:
         """Raises :class:`UnreadableImage` for bytes that are no image."""
@@ -250,6 +264,7 @@ class TrainTransform:
         if name in self.policies:
             seed_python(key, "rand_augment")  # the same operations and magnitudes for every view
             view = self.policies[name](view)
+        view = jittered(view, geometry.jitter)
         return np.asarray(view).transpose(2, 0, 1)
 
 

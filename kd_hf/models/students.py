@@ -12,6 +12,7 @@ name                       network                                              
 ``vit_base_patch14_gap``   ScaleKD: the same, and a second norm behind the mean                    stock timm
 ``resnet18_cifar``         cls_KD: ResNet with a 3×3 stem and no max-pooling, for 32 pixels        brings its code
 ``resnet34_cifar``
+``shufflenetv2_x1``        cls_KD: torchvision's ShuffleNetV2 1×                                  brings its code
 =========================  =====================================================================  ==================
 
 All of them see ImageNet's mean and std, and those for ImageNet are evaluated on the central 224 of 256 pixels, as their
@@ -85,11 +86,18 @@ def _as_vit(network: nn.Module) -> None:
             trunc_normal_(module.weight, std=0.02)
 
 
+def _shufflenetv2() -> Own:
+    from kd_hf.models.shufflenetv2 import ShuffleNet, ShuffleNetV2Config, ShuffleNetV2ForImageClassification
+
+    return Own(ShuffleNetV2Config, ShuffleNetV2ForImageClassification, ShuffleNet)
+
+
 # by model_type
 OWN: Mapping[str, Callable[[], Own]] = {
     "kd_hf_conv_stem_deit": _conv_stem_deit,
     "kd_hf_mlp_mixer": _mlp_mixer,
     "kd_hf_cifar_resnet": _cifar_resnet,
+    "kd_hf_shufflenetv2": _shufflenetv2,
 }
 _CONV_STEM = partial(Student, LIBRARY, "kd_hf_conv_stem_deit")
 _GAP = {"class_token": False, "global_pool": "avg"}
@@ -112,6 +120,7 @@ STUDENTS: Mapping[str, Student] = {
     "mixer_b14": Student(LIBRARY, "kd_hf_mlp_mixer", {"num_labels": 1000}),
     "resnet18_cifar": Student(LIBRARY, "kd_hf_cifar_resnet", {"depths": [2, 2, 2, 2], "num_labels": 100}),
     "resnet34_cifar": Student(LIBRARY, "kd_hf_cifar_resnet", {"depths": [3, 4, 6, 3], "num_labels": 100}),
+    "shufflenetv2_x1": Student(LIBRARY, "kd_hf_shufflenetv2", {"num_labels": 1000}),
     "mobilenetv1_relu": Student("timm", "mobilenetv1_100", {"act_layer": "relu"}),
     "vit_small_patch16_gap": Student("timm", "deit_small_patch16_224", {**_GAP, "fc_norm": False}),
     "vit_base_patch16_gap": Student("timm", "deit_base_patch16_224", {**_GAP, "fc_norm": False}),

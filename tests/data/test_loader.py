@@ -264,8 +264,6 @@ def test_user_errors_of_the_recipe():
         batches(per_device=5)
     with pytest.raises(UserError, match="larger than the data set of 40"):
         batches(per_device=8, world=8)
-    with pytest.raises(UserError, match="repeats: 3 does not divide"):
-        batches(cfg=CFG.model_copy(update={"augment": AugmentConfig(repeats=3)}))
 
 
 # --- evaluation

@@ -18,11 +18,12 @@ from kd_hf.data.views import (
     Geometry,
     TrainTransform,
     UnreadableImage,
+    augment_policy,
     decode,
     draw_geometry,
     erase_,
+    jittered,
     plan_views,
-    rand_augment,
     random_resized_box,
     take_view,
 )
@@ -200,7 +201,7 @@ def test_jitter_factors_and_order():
     assert np.allclose(factors.mean(0), 1.0, atol=0.03)
     assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.15
     image = make_image(0, 32, 32)
-    view = take_view(image, Geometry(jitter=(("contrast", 0.7), ("saturation", 1.2))), SMALL)
+    view = jittered(take_view(image, Geometry(), SMALL), (("contrast", 0.7), ("saturation", 1.2)))
     expected = ImageEnhance.Color(ImageEnhance.Contrast(image).enhance(0.7)).enhance(1.2)
     assert np.array_equal(np.asarray(view), np.asarray(expected))
 
@@ -238,7 +239,7 @@ def test_same_key_same_view_and_other_key_another():
 def test_rand_augment_is_timms():
     """Same policy, same seed, same pixels as the transform timm builds for itself."""
     spec = Preprocessing(image_size=48)
-    ours = rand_augment("rand-m9-mstd0.5-inc1", spec)
+    ours = augment_policy("rand-m9-mstd0.5-inc1", spec)
     theirs = create_transform(48, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic")
     theirs = next(t for t in theirs.transforms if type(t).__name__ == "RandAugment")
     image = make_image(0, 48, 48)
@@ -257,7 +258,7 @@ def test_rand_augment_never_raises_and_reaches_zero_bits(monkeypatch):
         if not transform(data, key)["m0"].any():
             black.append(key)
     assert 1 <= len(black) < 60
-    policy = rand_augment("rand-m10-n1-p1-inc1", SMALL)
+    policy = augment_policy("rand-m10-n1-p1-inc1", SMALL)
     posterize = next(op for op in policy.ops if op.name == "PosterizeIncreasing")
     assert not np.asarray(posterize(make_image(0))).any()
 
@@ -272,7 +273,7 @@ def test_two_views_get_the_same_operations():
 
 @pytest.mark.parametrize("policy", ["augmix-m3", "rand-m1.5", "rand-z3", "nonsense"])
 def test_unknown_policy(policy):
-    with pytest.raises(UserError, match=r"data.augment.auto_augment: '.*' is not a RandAugment policy"):
+    with pytest.raises(UserError, match=r"data.augment.auto_augment: '.*' is not a policy of timm"):
         TrainTransform(plan(SMALL), AugmentConfig(auto_augment=policy))
 
 
@@ -348,3 +349,37 @@ def test_noise_is_normal_and_does_not_depend_on_the_batch():
 
 def test_an_empty_box_erases_nothing():
     assert not erase_(torch.zeros(1, 3, 8, 8), torch.tensor([1]), [Erasing(0, Box(0.5, 0.5, 0.5, 0.9))]).any()
+
+
+@pytest.mark.parametrize("policy", ["3a", "original"])
+def test_policies_of_autoaugment_are_timms(policy):
+    from timm.data.auto_augment import auto_augment_transform
+
+    image = make_image(3).resize((48, 48))
+    hparams = {"translate_const": 14, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
+    ours, theirs = augment_policy(policy, SMALL), auto_augment_transform(policy, hparams)
+    for key in range(30):
+        seed_python(key, "policy")
+        found = ours(image)
+        seed_python(key, "policy")
+        assert np.array_equal(np.asarray(found), np.asarray(theirs(image))), key
+
+
+def test_three_augment_is_followed_by_colour_jitter():
+    augment = AugmentConfig(auto_augment="3a", color_jitter=0.3, crop=CropConfig(kind="resize"), hflip=0.0)
+    image = make_image(5).resize((32, 32))
+    geometry = draw_geometry(augment, image.size, 32, key=9)
+    assert len(geometry.jitter) == 3
+    assert draw_geometry(augment.model_copy(update={"auto_augment": "rand-m9"}), image.size, 32, key=9).jitter == ()
+    view = take_view(image, geometry, SMALL)
+    seed_python(9, "rand_augment")
+    expected = jittered(augment_policy("3a", SMALL)(view), geometry.jitter)
+    found = TrainTransform(plan_views({"student": SMALL}, training=True), augment)(encode(image), 9)["student"]
+    assert np.array_equal(found.transpose(1, 2, 0), np.asarray(expected))
+
+
+def test_autoaugment_never_asks_for_no_bits():
+    policy = augment_policy("v0", SMALL)
+    for key in range(400):  # timm's own raises within the first 30
+        seed_python(key, "policy")
+        policy(make_image(1).resize((16, 16)))

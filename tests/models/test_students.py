@@ -28,8 +28,9 @@ TINY = {
     "vit_small_patch16_gap": (SMALL, 48),
     "vit_base_patch14_gap": (SMALL, 42),
     "resnet18_cifar": ({"depths": [1, 1, 1, 1]}, 16),
+    "shufflenetv2_x1": ({"depths": [1, 1, 1]}, 64),
 }
-OWN = ("conv_stem_deit_tiny", "mixer_b14", "resnet18_cifar")
+OWN = ("conv_stem_deit_tiny", "mixer_b14", "resnet18_cifar", "shufflenetv2_x1")
 
 
 def tiny(name, **more):
@@ -86,6 +87,7 @@ def test_every_tap_fires_on_meta(name):
         ("conv_stem_deit_small", "tokens:dist", (384,)),
         ("mixer_b14", "block:9", (256, 768)),
         ("mixer_b14", "stage:1", (768, 16, 16)),
+        ("shufflenetv2_x1", "stage:3", (464, 7, 7)),
         ("mobilenetv1_relu", "stage:4", (512, 14, 14)),
         ("mobilenetv1_relu", "stage:5", (1024, 7, 7)),
         ("vit_small_patch16_gap", "block:8", (196, 384)),
@@ -347,15 +349,18 @@ def test_load_model_reads_it_back_without_running_its_code(artefacts, name):
 @pytest.mark.parametrize("name", OWN)
 def test_an_artefact_starts_another_training(artefacts, name):
     root, made = artefacts
-    old, new = made[name][0].network, load_model(str(root / name), pretrained=True, num_classes=3, drop_path=0.2)
+    drop_path = None if name == "shufflenetv2_x1" else 0.2  # it has none
+    old, new = made[name][0].network, load_model(str(root / name), pretrained=True, num_classes=3, drop_path=drop_path)
     assert new.info.num_classes == 3 and new.label_names == ()
     assert new.network.get_submodule(new.info.head).weight.shape[0] == 3
     weights = new.network.state_dict()
     assert all(
-        torch.equal(weights[key], value) for key, value in old.state_dict().items() if not key.startswith(("head", "fc"))
+        torch.equal(weights[key], value)
+        for key, value in old.state_dict().items()
+        if not key.startswith(("head", "fc"))
     )
-    assert sum(isinstance(module, DropPath) for module in new.network.modules()) > 0
-    if not name.endswith("_cifar"):  # a network of one size
+    assert any(isinstance(module, DropPath) for module in new.network.modules()) == bool(drop_path)
+    if name not in ("resnet18_cifar", "shufflenetv2_x1"):  # a network of one size
         with pytest.raises(UserError, match="cannot be built: RuntimeError"):
             load_model(str(root / name), pretrained=True, image_size=112)
 
@@ -434,3 +439,12 @@ def test_a_resnet_for_small_images_is_timms_behind_its_stem():
             value = stage(value)
         expected = stock.fc(stock.global_pool(value))
     assert logits_of(handle.network, pixels).equal(expected)
+
+
+def test_shufflenetv2_is_torchvisions():
+    from torchvision.models import shufflenet_v2_x1_0
+
+    ours, theirs = load_model("kd_hf/shufflenetv2_x1", num_classes=5), shufflenet_v2_x1_0(num_classes=5)
+    theirs.load_state_dict(ours.network.state_dict())
+    pixels = torch.randn(2, 3, 64, 64)
+    assert torch.equal(logits_of(ours.network, pixels), logits_of(theirs, pixels))
