@@ -65,7 +65,8 @@ def _taps(facts: dict) -> str:
 
 def table() -> str:
     """The whole table in Markdown."""
-    head = "| key | paper | reads (beside logits) | learns, parameters | options | official |\n|---|---|---|---|---|---|\n"
+    head = "| key | paper | reads (beside logits) | learns, parameters | options | official |\n"
+    head += "|---|---|---|---|---|---|\n"
     return head + "".join(f"{row(name)}\n" for name in method_names())
 
 

@@ -341,13 +341,13 @@ def test_interrupt_is_not_a_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "kd_hf: interrupted\n"
 
 
-def test_only_the_main_process_complains(monkeypatch, folder, capsys):
+def test_other_processes_say_who_they_are(monkeypatch, folder, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(sys, "argv", ["command", "missing.yaml"])
     with pytest.raises(SystemExit) as exit_:
         run_command(train_command.main)
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.startswith("kd_hf: error (process 1): no recipe 'missing.yaml'")
 
 
 def test_recipes_of_this_repository_are_valid():

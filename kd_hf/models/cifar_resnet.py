@@ -44,8 +44,9 @@ class CifarResNet(ResNet):
     """timm's ResNet with another stem, built from a :class:`CifarResNetConfig`."""
 
     def __init__(self, config: CifarResNetConfig) -> None:
+        block: Any = BasicBlock  # timm's annotation means an instance
         super().__init__(
-            BasicBlock, tuple(config.depths), num_classes=config.num_labels or 0, drop_path_rate=config.drop_path_rate
+            block, tuple(config.depths), num_classes=config.num_labels or 0, drop_path_rate=config.drop_path_rate
         )
         stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
