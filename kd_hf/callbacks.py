@@ -7,6 +7,7 @@ Callbacks follow transformers' protocol (``on_step_end(args, state, control, **k
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,25 @@ class TrainerState:
     best_global_step: int | None = None
     is_world_process_zero: bool = True
     is_local_process_zero: bool = True
+
+
+@dataclass
+class TrainOutput:
+    """What a training returns."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    stopped_by: str = ""  # the signal that ended the run early, or nothing
+
+    @classmethod
+    def of(cls, state: TrainerState, stopped_by: str = "") -> TrainOutput:
+        """The last loss and the last evaluation of a run's log."""
+        metrics: dict[str, float] = {}
+        for entry in state.log_history:
+            metrics.update({key: value for key, value in entry.items() if key.startswith("eval_")})
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return cls(state.global_step, losses[-1] if losses else math.nan, metrics, stopped_by)
 
 
 @dataclass

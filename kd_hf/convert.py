@@ -8,7 +8,10 @@ Images are prepared as timm does for ARCH unless told otherwise; the papers show
 
     ResNet-50, also of cls_KD            --arch resnet50
     ResNetV1d-50                         --arch resnet50d
+    ResNet-18, -34 of cls_KD for CIFAR   --arch kd_hf/resnet18_cifar, kd_hf/resnet34_cifar
     MobileNetV1                          --arch kd_hf/mobilenetv1_relu
+    MobileNetV2                          --arch mobilenetv2_100
+    ShuffleNetV2 1×                      --arch kd_hf/shufflenetv2_x1
     RegNetX-1.6GF of cls_KD              --arch regnetx_016 --bgr
     DeiT, DeiT III                       --arch deit_tiny_patch16_224, deit3_small_patch16_224, …
     Swin-T                               --arch swin_tiny_patch4_window7_224

@@ -12,6 +12,10 @@ class UserError(Exception):
     """A mistake a user can mend. Its text is the whole message: what, where, and what would be right."""
 
 
+class LocalError(UserError):
+    """One that shows in a single process, such as an unreadable file, so that this process has to say it."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` (leading space), or the list of choices when none is close."""
     names = sorted(str(choice) for choice in choices)
@@ -33,10 +37,10 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        # a mistake may show in one process alone, such as an unreadable file
-        where = "" if is_main_process() else f" (process {os.environ['RANK']})"
-        # one line, whatever a library's message that was quoted looked like
-        print(f"kd_hf: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if is_main_process() or isinstance(error, LocalError):
+            where = "" if is_main_process() else f" (process {os.environ['RANK']})"
+            # one line, whatever a library's message that was quoted looked like
+            print(f"kd_hf: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("kd_hf: interrupted", file=sys.stderr, flush=True)

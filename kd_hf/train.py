@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from kd_hf.errors import UserError, is_main_process, run_command
 
 if TYPE_CHECKING:
+    from kd_hf.callbacks import TrainOutput
     from kd_hf.config import Recipe
-    from kd_hf.trainer import TrainOutput
 
 
 def train_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> TrainOutput:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from kd_hf import checkpoint as ckpt
 from kd_hf.assemble import Assembly, assemble
-from kd_hf.callbacks import CallbackList, JsonLines, Progress, TrainerControl, TrainerState, read_log
+from kd_hf.callbacks import CallbackList, JsonLines, Progress, TrainerControl, TrainerState, TrainOutput, read_log
 from kd_hf.config import Recipe
 from kd_hf.data.batch import Batch
 from kd_hf.data.draws import Draws
@@ -24,7 +23,7 @@ from kd_hf.data.mix import check_mixing
 from kd_hf.data.source import Source, open_source
 from kd_hf.data.views import DeviceStage
 from kd_hf.distill import weights_at
-from kd_hf.errors import UserError
+from kd_hf.errors import LocalError, UserError
 from kd_hf.evaluation import Evaluator, measure_teachers
 from kd_hf.hub import save_student
 from kd_hf.optim import LrSchedule, build_average, build_optimizer
@@ -35,16 +34,6 @@ from kd_hf.runtime import StopSignal, build_accelerator, seed_networks, set_cpu_
 from kd_hf.sharding import check_sharding, load_whole, load_whole_optimizer, prepare, whole
 from kd_hf.teacher import Teacher, check_label_order
 from kd_hf.window import LossWindow
-
-
-@dataclass
-class TrainOutput:
-    """What :meth:`DistillTrainer.train` returns."""
-
-    global_step: int
-    training_loss: float
-    metrics: dict[str, float] = field(default_factory=dict)
-    stopped_by: str = ""  # the signal that ended the run early, or nothing
 
 
 class DistillTrainer:
@@ -163,7 +152,7 @@ class DistillTrainer:
         if finished:
             self.state.log_history = read_log(self.run.path)
             self.say(f"{self.run.path} holds the finished run of this recipe; nothing to train")
-            return self._output()
+            return TrainOutput.of(self.state)
         self._resume(wanted)
         with StopSignal() as stop:
             self._open_run()
@@ -184,7 +173,7 @@ class DistillTrainer:
                 f"stopped by {stop.name} after step {self.state.global_step} of {self.total_steps}, which is saved; "
                 "the same command continues"
             )
-            return self._output(stop.name)
+            return TrainOutput.of(self.state, stop.name)
         return self._finish()
 
     def _loop(self, stop: StopSignal) -> None:
@@ -283,7 +272,7 @@ class DistillTrainer:
         new = set(batch.corrupt) - self.corrupt
         self.corrupt |= new
         if len(self.corrupt) > self.recipe.data.max_corrupt:
-            raise UserError(
+            raise LocalError(
                 f"more than data.max_corrupt = {self.recipe.data.max_corrupt} unreadable training images, "
                 f"the last in row {max(new)} of {self.train_source.describe()}; mend the data or raise the limit"
             )
@@ -474,7 +463,7 @@ class DistillTrainer:
             self.accelerator.end_training()
         if self.corrupt:
             self.say(f"{len(self.corrupt)} unreadable training images were replaced by their neighbours")
-        return self._output()
+        return TrainOutput.of(self.state)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the student as a model that timm and transformers load (``student/`` of the run folder).
@@ -501,13 +490,9 @@ class DistillTrainer:
             tensors = self._tensors()[name]
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
-    def _output(self, stopped_by: str = "") -> TrainOutput:
-        metrics: dict[str, float] = {}
-        for entry in self.state.log_history:
-            metrics.update({key: value for key, value in entry.items() if key.startswith("eval_")})
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        return TrainOutput(self.state.global_step, losses[-1] if losses else math.nan, metrics, stopped_by)
-
 
 def _is_due(strategy: str, every: int | None, step: int, epoch_end: bool) -> bool:
-    return {"no": False, "epoch": epoch_end, "steps": bool(every) and step % every == 0}[strategy]  # type: ignore[operator]
+    """Whether a strategy (`no`, `epoch`, `steps`) asks for something after a step."""
+    if strategy == "epoch":
+        return epoch_end
+    return strategy == "steps" and every is not None and step % every == 0

@@ -11,7 +11,7 @@ import pytest
 from kd_hf import eval as eval_command
 from kd_hf import plan as plan_command
 from kd_hf import train as train_command
-from kd_hf.errors import run_command
+from kd_hf.errors import LocalError, run_command
 from tests.runs import run
 
 RECIPE = """\
@@ -341,13 +341,24 @@ def test_interrupt_is_not_a_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "kd_hf: interrupted\n"
 
 
-def test_other_processes_say_who_they_are(monkeypatch, folder, capsys):
+def test_only_the_main_process_complains(monkeypatch, folder, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(sys, "argv", ["command", "missing.yaml"])
     with pytest.raises(SystemExit) as exit_:
         run_command(train_command.main)
     assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith("kd_hf: error (process 1): no recipe 'missing.yaml'")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_process_says_what_only_it_can_know(monkeypatch, capsys):
+    def fail(argv):
+        raise LocalError("a file is gone")
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as exit_:
+        run_command(fail)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "kd_hf: error (process 1): a file is gone\n"
 
 
 def test_recipes_of_this_repository_are_valid():

@@ -1,5 +1,7 @@
 """Weights of OpenMMLab classifiers (mmcls 0.x and 1.0, as cls_KD and ScaleKD release them) by timm's names.
 
+ShuffleNetV2, which timm does not have, goes by torchvision's names.
+
 In the tables ``#`` is a number, handed on in order (``#+1`` adds one); a name that ends in a dot stands for all that
 start with it, the first that fits counts, and what fits none keeps its name. Names are those below ``backbone.``.
 """
@@ -180,7 +182,25 @@ _MIXER = Family(
         "ln1.": "norm.",
     }
 )
-# timm's class, or one that the network derives from → the families whose weights it can take
+_SHUFFLENET_V2 = Family(
+    {
+        "conv1.conv.": "conv1.0.",
+        "conv1.bn.": "conv1.1.",
+        "layers.#.#.branch1.0.conv.": "stage#+2.#.branch1.0.",
+        "layers.#.#.branch1.0.bn.": "stage#+2.#.branch1.1.",
+        "layers.#.#.branch1.1.conv.": "stage#+2.#.branch1.2.",
+        "layers.#.#.branch1.1.bn.": "stage#+2.#.branch1.3.",
+        "layers.#.#.branch2.0.conv.": "stage#+2.#.branch2.0.",
+        "layers.#.#.branch2.0.bn.": "stage#+2.#.branch2.1.",
+        "layers.#.#.branch2.1.conv.": "stage#+2.#.branch2.3.",  # behind a ReLU, which has a number here
+        "layers.#.#.branch2.1.bn.": "stage#+2.#.branch2.4.",
+        "layers.#.#.branch2.2.conv.": "stage#+2.#.branch2.5.",
+        "layers.#.#.branch2.2.bn.": "stage#+2.#.branch2.6.",
+        "layers.3.conv.": "conv5.0.",
+        "layers.3.bn.": "conv5.1.",
+    }
+)
+# timm's or torchvision's class, or one that the network derives from → the families whose weights it can take
 FAMILIES: Mapping[str, tuple[Family, ...]] = {
     "VisionTransformer": (_VIT,),
     "Eva": (_VIT,),
@@ -190,6 +210,7 @@ FAMILIES: Mapping[str, tuple[Family, ...]] = {
     "SwinTransformer": (_SWIN,),
     "ConvNeXt": (_CONVNEXT,),
     "MlpMixer": (_MIXER,),
+    "ShuffleNetV2": (_SHUFFLENET_V2,),
 }
 
 
@@ -203,11 +224,11 @@ def to_timm(given: Mapping[str, Tensor], network: nn.Module, info: ModelInfo) ->
 
     Args:
         given: ``backbone.*`` and ``head.*``.
-        network: the timm network that shall hold them, on any device.
+        network: the network that shall hold them, on any device.
         info: its facts; they say how its classifiers are called.
 
     Returns:
-        (their name, timm's name, tensor) of every weight that timm's network can need. A name that the tables do not
+        (their name, the network's name, tensor) of every weight that the network can need. A name that the tables do not
         know is among them.
 
     Raises:
@@ -235,7 +256,7 @@ def _family(network: nn.Module, info: ModelInfo, given: frozenset[str]) -> Famil
     if not kinds:
         raise UserError(
             f"--arch {info.name}: there is no table of OpenMMLab's names for a {type(network).__name__}; "
-            f"there is for timm's {', '.join(FAMILIES)}"
+            f"there is for {', '.join(FAMILIES)}"
         )
     families = FAMILIES[kinds[0]]
     fitting = (one for one in families if any(name.startswith(BACKBONE + one.sign) for name in given))

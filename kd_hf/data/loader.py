@@ -16,7 +16,7 @@ from kd_hf.data.mix import Erasing, Mixing, batch_mixing, check_mixing, draw_era
 from kd_hf.data.order import EpochOrder, Layout, spread_rows
 from kd_hf.data.source import Source
 from kd_hf.data.views import EvalTransform, TrainTransform, UnreadableImage, ViewPlan, plan_views
-from kd_hf.errors import UserError
+from kd_hf.errors import LocalError, UserError
 from kd_hf.models.info import Preprocessing
 
 Transform = Callable[[bytes, int], dict[str, np.ndarray]]
@@ -209,7 +209,7 @@ class BatchLoader:
             return
         # end the workers now: as part of the cycle exception – traceback – frame they would take 10 s to
         self._dataloader = None
-        raise item
+        raise LocalError(str(item))
 
 
 def _as_it_is(item: Any) -> Any:
