@@ -4,7 +4,8 @@ CHECKPOINT is what the authors' code saved: OpenMMLab's (cls_KD, ScaleKD; 0.x an
 ``pth_transfer``), DeiT's (soft and hard distillation, manifold, [CLS]-KD), VkD's or timm's, or bare weights. ARCH is
 the network it holds, named as in a recipe. Nothing in the file is run, and every weight must find its place.
 Images are prepared as timm does for ARCH unless told otherwise; the papers show the central 224 of 256 pixels
-(--crop-pct 0.875), to convolutional networks resized bilinearly (--interpolation bilinear).
+(--crop-pct 0.875), to convolutional networks resized bilinearly (--interpolation bilinear), and the images of
+CIFAR-100 whole (--crop-pct 1 --mean 0.50707 0.48655 0.44092 --std 0.26733 0.25644 0.27615).
 
     ResNet-50, also of cls_KD            --arch resnet50
     ResNetV1d-50                         --arch resnet50d

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from kd_hf.errors import UserError, run_command
@@ -58,6 +59,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "augmentation": _random(recipe),
         "order": "the image at (seed, epoch, position) is a pure function: the same on any number of processes "
         "and workers, and after a resume",
+        "gates": {name: _gate(recipe, name) for name in recipe.all_teachers()},
         "batch_coupled": [choice.name for choice in parts.choices if choice.needs.batch_coupled],
         "warnings": _warnings(parts),
     }
@@ -88,6 +90,20 @@ def _random(recipe: Recipe) -> list[str]:
         "cutmix": augment.cutmix > 0,
     }
     return [name for name, is_drawn in drawn.items() if is_drawn]
+
+
+def _gate(recipe: Recipe, teacher: str) -> dict[str, Any]:
+    """What a teacher must reach before the first step, and what the run folder says it reached."""
+    from kd_hf.callbacks import read_log
+
+    gate = recipe.all_teachers()[teacher].gate
+    log = read_log(Path(recipe.train.output_dir))
+    measured = [line for line in log if line.get("gate") == teacher]
+    return {
+        **gate.model_dump(),
+        "measured_top1": measured[-1]["top1"] if measured else None,
+        "measured_top1_as_fed": measured[-1]["top1_as_fed"] if measured else None,
+    }
 
 
 def _warnings(parts: Assembly) -> list[str]:
@@ -172,11 +188,23 @@ def describe(plan: dict[str, Any]) -> str:
         f"random     {', '.join(plan['augmentation']) or 'nothing'}",
         f"order      {plan['order']}",
     ]
+    lines += [_describe_gate(name, gate) for name, gate in plan["gates"].items()]
     if plan["batch_coupled"]:
         names = ", ".join(plan["batch_coupled"])
         lines.append(f"coupled    {names}: this loss mixes the images of one process's batch, so its size matters")
     lines += [f"warning    {text}" for text in plan["warnings"]]
     return "\n".join(lines)
+
+
+def _describe_gate(name: str, gate: dict[str, Any]) -> str:
+    if not gate["enabled"]:
+        return f"gate       {name} is not measured before the first step"
+    wanted = "better than guessing" if gate["min_top1"] is None else f"at least {gate['min_top1']:g}"
+    text = f"gate       {name} must reach top-1 {wanted} on {gate['samples']} held-out images"
+    if gate["measured_top1"] is None:
+        return text
+    fed = f"{gate['measured_top1_as_fed']:.1f} as training feeds it"
+    return f"{text}; it reached {gate['measured_top1']:.1f} ({fed}) when this run began"
 
 
 def announce(parts: Assembly, data: str, steps: str) -> list[str]:

@@ -76,7 +76,7 @@ def test_openmmlab_to_a_folder_that_timm_reads(command):
     assert (handle.info.preprocessing.image_size, handle.info.preprocessing.crop_pct) == (64, 0.875)
 
 
-@pytest.mark.parametrize("key", ["convnext", "vit-gap-14", "mixer"])
+@pytest.mark.parametrize("key", ["convnext", "vit-gap-14", "mixer", "shufflenet-v2"])
 def test_networks_with_arguments(tmp_path, key):
     """The arguments are in the folder, so it says by itself which network it holds."""
     one = OFFICIAL[key]
@@ -84,6 +84,21 @@ def test_networks_with_arguments(tmp_path, key):
     torch.save(official_state(one, original), tmp_path / "x.pth")
     convert_checkpoint(tmp_path / "x.pth", one.arch, tmp_path / "out", image_size=one.size, kwargs=one.kwargs)
     assert torch.equal(reread(tmp_path / "out", one.size), logits_of(original.network, one.size))
+
+
+@pytest.mark.parametrize(("key", "size"), [("shufflenet-v2", 224), ("resnet-cifar", 32)])
+def test_students_of_this_package(command, key, size):
+    """By the network's name alone, at its full size."""
+    one = Official(OFFICIAL[key].arch, OFFICIAL[key].names, size=size)
+    original = build(one)
+    torch.save({"meta": {}, "state_dict": official_state(one, original)}, "epoch_200.pth")
+    code, said = command("epoch_200.pth", "--arch", one.arch, "-o", "out")
+    assert code == 0
+    assert f"out: {one.arch}, 5 classes, weights of the entry 'state_dict'" in said
+    assert load_model("out", pretrained=True).info.preprocessing.image_size == size
+    logits = logits_of(original.network, size)
+    assert logits.isfinite().all()
+    assert torch.equal(reread("out", size), logits)
 
 
 def test_deit_layout(command):
@@ -199,4 +214,6 @@ def test_help_names_the_networks(command):
     code, said = command("--help")
     assert code == 0
     assert "--arch kd_hf/mobilenetv1_relu" in said
+    assert "--arch kd_hf/shufflenetv2_x1" in said
+    assert "--arch kd_hf/resnet18_cifar, kd_hf/resnet34_cifar" in said
     assert said.index("networks:") < said.index("ResNet-50, also of cls_KD")

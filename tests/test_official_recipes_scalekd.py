@@ -346,3 +346,14 @@ def test_four_machines_with_eight_gpus():
     assert launcher["num_processes"] == 32 and launcher["num_machines"] == 4  # the processes of all machines together
     assert (launcher["distributed_type"], launcher["mixed_precision"]) == ("MULTI_GPU", "no")
     assert {"machine_rank", "main_process_ip", "main_process_port", "rdzv_backend", "same_network"} <= set(launcher)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("plain_scalekd_*.yaml")), ids=lambda path: path.stem)
+def test_plain_students_are_trained_like_their_distilled_twins(path):
+    plain = load_recipe(path)
+    twin = load_recipe(path.parent / path.read_text(encoding="utf-8").split("\nbase: ")[1].split("\n")[0])
+    assert plain.teacher is None and list(plain.methods) == ["task"] and plain.methods["task"].weight == 1.0
+    assert plain.methods["task"].options == twin.methods["task"].options
+    assert (plain.student, plain.data) == (twin.student, twin.data)
+    own = {"output_dir", "no_weight_decay"}
+    assert plain.train.model_dump(exclude=own) == twin.train.model_dump(exclude=own)

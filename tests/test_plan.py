@@ -7,7 +7,7 @@ from kd_hf import plan as plan_command
 from kd_hf.assemble import assemble
 from kd_hf.plan import describe, plan_recipe
 from kd_hf.recipe import load_recipe, recipe_hash
-from tests.runs import ROOT, recipe, recipe_file
+from tests.runs import ROOT, TEACHER, recipe, recipe_file
 
 DISTILLED = {
     "student": {"model": "test_vit", "num_classes": 10},
@@ -97,3 +97,17 @@ def test_a_teacher_that_is_trained_first_is_planned_as_its_recipe_says(capsys):
     plan = plan_recipe(load_recipe(ROOT / "recipes" / "quickstart.yaml"))
     assert plan["networks"]["teacher"]["model"] == "test_resnet"
     assert plan["networks"]["student"]["model"] == "test_efficientnet"
+
+
+def test_the_gate_and_what_it_measured(tmp_path):
+    from kd_hf.callbacks import JsonLines
+
+    teacher = {**TEACHER, "gate": {"min_top1": 60, "samples": 100}}
+    run = recipe(tmp_path, {"teacher": teacher, "methods": {"kd": {}}})
+    assert "must reach top-1 at least 60 on 100 held-out images" in describe(plan_recipe(run))
+    JsonLines(tmp_path, 0).write({"step": 0, "gate": "teacher", "top1": 71.25, "top1_as_fed": 70.0})
+    plan = plan_recipe(run)
+    assert plan["gates"]["teacher"]["measured_top1"] == 71.25
+    assert "it reached 71.2 (70.0 as training feeds it)" in describe(plan)
+    off = recipe(tmp_path, {"teacher": {**TEACHER, "gate": {"enabled": False}}, "methods": {"kd": {}}})
+    assert "teacher is not measured" in describe(plan_recipe(off))

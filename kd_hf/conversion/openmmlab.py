@@ -1,9 +1,8 @@
 """Weights of OpenMMLab classifiers (mmcls 0.x and 1.0, as cls_KD and ScaleKD release them) by timm's names.
 
-ShuffleNetV2, which timm does not have, goes by torchvision's names.
-
-In the tables ``#`` is a number, handed on in order (``#+1`` adds one); a name that ends in a dot stands for all that
-start with it, the first that fits counts, and what fits none keeps its name. Names are those below ``backbone.``.
+The names of ShuffleNetV2, which timm does not have, are torchvision's. In the tables ``#`` is a number, handed on
+in order (``#+1`` adds one); a name that ends in a dot stands for all that start with it, the first that fits counts,
+and what fits none keeps its name. Names are those below ``backbone.``.
 """
 
 from __future__ import annotations
@@ -228,8 +227,8 @@ def to_timm(given: Mapping[str, Tensor], network: nn.Module, info: ModelInfo) ->
         info: its facts; they say how its classifiers are called.
 
     Returns:
-        (their name, the network's name, tensor) of every weight that the network can need. A name that the tables do not
-        know is among them.
+        (their name, the network's name, tensor) of every weight that the network can need. A name that the tables do
+        not know is among them.
 
     Raises:
         UserError: there is no table for this kind of network.

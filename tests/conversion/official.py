@@ -1,4 +1,4 @@
-"""Checkpoints as the authors' code lays them out, made from timm networks: timm's names turned into theirs."""
+"""Checkpoints as the authors' code lays them out, made from our networks by turning names into theirs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kd_hf.models.load import load_model
 from tests.models.families import SWIN, VIT
 
 State = dict[str, Tensor]
-# timm's name → theirs, below `backbone.`
+# our network's name → theirs, below `backbone.`
 VIT_NAMES = [
     (r"patch_embed\.proj", "patch_embed.projection"),
     (r"blocks\.(\d+)\.norm([12])", r"layers.\1.ln\2"),
@@ -108,6 +108,21 @@ MIXER_NAMES = [
     (r"blocks\.(\d+)\.mlp_(token|channel)s\.fc2", r"layers.\1.\2_mix.layers.1"),
     ("norm", "ln1"),
 ]
+# convolution and norm of a branch follow one another in torchvision's numbers, with a ReLU behind some norms
+SHUFFLENET_V2_NAMES = [
+    *(
+        (rf"{ours}\.{number}", f"{theirs}.{part}")
+        for ours, theirs in (("conv1", "conv1"), ("conv5", "layers.3"))
+        for number, part in enumerate(("conv", "bn"))
+    ),
+    *(
+        (rf"stage{stage}\.(\d)\.{branch}\.{number}", rf"layers.{stage - 2}.\1.{branch}.{pair}.{part}")
+        for stage in (2, 3, 4)
+        for branch, convolutions in (("branch1", (0, 2)), ("branch2", (0, 3, 5)))
+        for pair, first in enumerate(convolutions)
+        for number, part in ((first, "conv"), (first + 1, "bn"))
+    ),
+]
 
 
 def mobilenet_v1_names(unit_names):
@@ -172,6 +187,7 @@ class Official:
 
 
 DEIT_HEAD = "head.layers.head"
+SHUFFLENET = {"depths": [2, 3, 1], "widths": [8, 12, 16, 20, 24]}
 CONVNEXT = {"head_norm_first": True, "depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
 OFFICIAL = {
     "deit": Official("deit_tiny_patch16_224", VIT_NAMES, VIT, head=DEIT_HEAD),
@@ -182,11 +198,13 @@ OFFICIAL = {
     "vit-gap-14": Official("kd_hf/vit_base_patch14_gap", VIT_NAMES, VIT, 28, extras=unused_class_token),
     "eva": Official("eva_large_patch14_196", VIT_NAMES, VIT, 28),
     "resnet": Official("resnet18", []),
+    "resnet-cifar": Official("kd_hf/resnet18_cifar", []),
     "resnet-v1d": Official("resnet26d", V1D_NAMES),
     "regnet": Official("regnetx_002", REGNET_NAMES),
     "mobilenet-v1": Official("kd_hf/mobilenetv1_relu", MOBILENET_V1_CLS_KD),
     "mobilenet-v1-scalekd": Official("kd_hf/mobilenetv1_relu", MOBILENET_V1_SCALEKD),
     "mobilenet-v2": Official("mobilenetv2_050", MOBILENET_V2_NAMES),
+    "shufflenet-v2": Official("kd_hf/shufflenetv2_x1", SHUFFLENET_V2_NAMES, SHUFFLENET, 64),
     "swin": Official("swin_tiny_patch4_window7_224", SWIN_NAMES, SWIN, 64, extras=swin_extras),
     "convnext": Official("convnext_tiny", CONVNEXT_NAMES, CONVNEXT, 64),
     "mixer": Official("kd_hf/mixer_b14", MIXER_NAMES, {"embed_dim": 16, "depth": 2}, 28),

@@ -63,18 +63,73 @@ def test_patch_merging_agrees_with_unfolding():
     torch.testing.assert_close(merging(pixels.permute(0, 2, 3, 1)).flatten(1, 2), expected)
 
 
-def test_resnet_for_small_images():
-    """The CIFAR ResNet differs in its first convolution and has the same names."""
-    handles = [load_model("resnet18", num_classes=7) for _ in range(2)]
-    for handle in handles:
-        handle.network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        handle.network.maxpool = nn.Identity()
-        randomise(handle.network)
-    original, target = handles
-    original.network.conv1.weight.data.mul_(2)
-    student = StudentWeights("", official_state(OFFICIAL["resnet"], original))
-    target.network.load_state_dict(fit_weights(name_weights(student, target), student, target, "x.pth"))
-    assert torch.equal(logits_of(target.network, 32), logits_of(original.network, 32))
+class Shuffled(nn.Module):
+    """A unit of ShuffleNetV2: both branches see everything when it halves the resolution, otherwise one sees a half."""
+
+    def __init__(self, before, after, stride):
+        super().__init__()
+        half = after // 2
+        seen = before if stride == 2 else half
+        if stride == 2:
+            self.branch1 = nn.Sequential(pair(before, before, 3, 2, before), pair(before, half))
+        self.branch2 = nn.Sequential(pair(seen, half), pair(half, half, 3, stride, half), pair(half, half))
+
+    def forward(self, features):
+        halves = (features, features) if hasattr(self, "branch1") else features.chunk(2, 1)
+        passed = passing(self.branch1, halves[0]) if hasattr(self, "branch1") else halves[0]
+        return torch.stack((passed, passing(self.branch2, halves[1])), 2).flatten(1, 2)
+
+
+def pair(before, after, side=1, stride=1, groups=1):
+    """A convolution and its norm as OpenMMLab holds them."""
+    convolution = nn.Conv2d(before, after, side, stride, side // 2, groups=groups, bias=False)
+    return nn.ModuleDict({"conv": convolution, "bn": nn.BatchNorm2d(after)})
+
+
+def passing(pairs, features):
+    """Through convolutions and norms, with a ReLU behind those that see every channel."""
+    for each in pairs:
+        features = each["bn"](each["conv"](features))
+        features = features if each["conv"].groups > 1 else F.relu(features)
+    return features
+
+
+class OpenmmlabShuffleNet(nn.Module):
+    """ShuffleNetV2 with OpenMMLab's modules, so its names are theirs by construction."""
+
+    def __init__(self, depths, widths, classes):
+        super().__init__()
+        sizes = zip(depths, widths[:3], widths[1:4], strict=True)
+        stages = [
+            nn.Sequential(Shuffled(before, after, 2), *(Shuffled(after, after, 1) for _ in range(depth - 1)))
+            for depth, before, after in sizes
+        ]
+        last = pair(widths[3], widths[4])
+        self.backbone = nn.ModuleDict({"conv1": pair(3, widths[0], 3, 2), "layers": nn.ModuleList([*stages, last])})
+        self.head = nn.ModuleDict({"fc": nn.Linear(widths[4], classes)})
+
+    def forward(self, pixels):
+        *stages, last = self.backbone["layers"]
+        features = F.max_pool2d(passing([self.backbone["conv1"]], pixels), 3, 2, 1)
+        features = passing([last], nn.Sequential(*stages)(features))
+        return self.head["fc"](features.mean((2, 3)))
+
+
+def test_shufflenet_agrees_with_openmmlabs_modules():
+    one = OFFICIAL["shufflenet-v2"]
+    original = OpenmmlabShuffleNet(**one.kwargs, classes=5)
+    randomise(original)
+    assert original.state_dict().keys() == official_state(one, build(one)).keys()
+    logits = logits_of(original, one.size)
+    assert logits.isfinite().all() and logits.std(0).min() > 0
+    assert torch.equal(logits_of(converted(original.state_dict(), one)[0].network, one.size), logits)
+
+
+def test_resnet_for_small_images_is_not_the_large_one():
+    """Their names are the same; the first convolution tells them apart."""
+    state = official_state(OFFICIAL["resnet-cifar"], build(OFFICIAL["resnet-cifar"]))
+    with pytest.raises(UserError, match=r"1 of another shape: backbone\.conv1\.weight 64×3×3×3 instead of 64×3×7×7$"):
+        converted(state, OFFICIAL["resnet"])
 
 
 @pytest.mark.parametrize("key", OFFICIAL)
