@@ -41,7 +41,8 @@ def save_checkpoint(
             flat = {key: value.detach().cpu().contiguous().clone() for key, value in values.items()}
             save_file(flat, temporary / f"{name}.safetensors", metadata={"format": "pt"})
         for name, values in objects.items():
-            torch.save(dict(values), temporary / f"{name}.pt")
+            with (temporary / f"{name}.pt").open("wb") as file:  # torch's own file hides why writing failed
+                torch.save(dict(values), file)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         text = json.dumps({**state, "format": FORMAT, "files": sizes}, indent=1)
         (temporary / STATE).write_text(text, encoding="utf-8")

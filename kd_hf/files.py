@@ -27,13 +27,22 @@ def writing(target: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        number = getattr(error, "errno", None)
-        # safetensors and torch wrap the system's error, so its words are looked for too
-        if number in _FULL or "No space left on device" in str(error):
+        causes = list(_causes(error))
+        numbers = [cause.errno for cause in causes if isinstance(cause, OSError)]
+        # safetensors gives the system's error in words only
+        if any(number in _FULL for number in numbers) or any("No space left on device" in str(c) for c in causes):
             raise UserError(f"no space left on the disk while writing {target}; nothing there was changed") from None
-        if number in _FORBIDDEN:
-            raise UserError(f"cannot write {target}: {os.strerror(number)}") from None
+        forbidden = next((number for number in numbers if number in _FORBIDDEN), None)
+        if forbidden is not None:
+            raise UserError(f"cannot write {target}: {os.strerror(forbidden)}") from None
         raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it was raised in the handling of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextmanager

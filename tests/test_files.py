@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
+import torch
 
 from kd_hf.errors import UserError
 from kd_hf.files import atomic_folder, write_text, writing
@@ -63,3 +65,14 @@ def test_system_errors_become_one_line(tmp_path, error, message):
 def test_other_errors_pass(tmp_path):
     with pytest.raises(OSError, match="interrupted"), writing(tmp_path / "x"):
         raise OSError(errno.EINTR, "interrupted")
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_a_full_disk_behind_torchs_writer(size):
+    """torch reports only what its archive writer noticed; the system's word is further up the chain."""
+    with (
+        pytest.raises(UserError, match="no space left on the disk"),
+        writing(Path("/dev/full")),
+        Path("/dev/full").open("wb") as file,
+    ):
+        torch.save({"weight": torch.zeros(size)}, file)
