@@ -52,12 +52,11 @@ _BOOL, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "f
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: `1e-4` is a number, `no` and `2026-01-31` are words (YAML 1.1 differs in all three)."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
-        first: [(tag, pattern) for tag, pattern in found if tag not in (_BOOL, _TIMESTAMP)]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in (_BOOL, _TIMESTAMP)]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     _FLOAT, re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
