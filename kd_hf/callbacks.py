@@ -62,7 +62,6 @@ class TrainerControl:
     """Requests a callback may make."""
 
     should_training_stop: bool = False
-    should_epoch_stop: bool = False
     should_save: bool = False
     should_evaluate: bool = False
     should_log: bool = False
@@ -73,7 +72,9 @@ class CallbackList:
 
     def __init__(self, args: Any, callbacks: Iterable[Any] = ()) -> None:
         self.args = args
-        self.callbacks = [made() if isinstance(made, type) else made for made in callbacks]
+        self.callbacks: list[Any] = []
+        for callback in callbacks:
+            self.add(callback)
 
     def add(self, callback: Any) -> None:
         """Add a callback, class or instance."""

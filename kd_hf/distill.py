@@ -122,9 +122,10 @@ class DistillModule(nn.Module):
         self.methods = nn.ModuleDict(methods)
         self.choices = {choice.name: choice for choice in choices}
 
-    def draw(self, draws: Draws) -> dict[str, Mapping[str, Tensor]]:
-        """Random tensors of every method for a batch, by block name."""
-        return {name: method.draw(draws) for name, method in self.named_methods()}
+    def draw(self, draws: Draws, active: Collection[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
+        """Random tensors of every active method for a batch, by block name; of all by default."""
+        wanted = self.choices if active is None else active
+        return {name: method.draw(draws) for name, method in self.named_methods() if name in wanted}
 
     def forward(
         self,

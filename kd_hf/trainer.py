@@ -259,9 +259,10 @@ class DistillTrainer:
     def _losses(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
         batch = batch.to(self.device, non_blocking=True)
         views, target = self.stage(batch)
-        taught = {name: teacher(views[name]) for name, teacher in self.teachers.items()}
         active = tuple(name for name, weight in weights.items() if weight != 0)
-        draws = self.plain_module.draw(Draws(batch.key))
+        read = {self.plain_module.choices[name].teacher for name in active}  # one that is not read now does not run
+        taught = {name: teacher(views[name]) for name, teacher in self.teachers.items() if name in read}
+        draws = self.plain_module.draw(Draws(batch.key), active)
         return self.module(views["student"], taught, target, draws, active)
 
     def weights(self, step: int) -> dict[str, float]:

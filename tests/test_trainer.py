@@ -128,6 +128,15 @@ def test_weights_follow_their_schedule_and_a_paused_loss_is_not_computed(tmp_pat
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_teacher_runs_only_while_a_loss_reads_it(tmp_path):
+    methods = {"kd": {"weight": {"warmup": [0, 1, "2 steps"]}, "until": "3 steps"}}
+    trainer = DistillTrainer(recipe(tmp_path, {"teacher": TEACHER, "methods": methods, "eval": {"teacher": False}}))
+    calls = []
+    trainer.teachers["teacher"].model.register_forward_hook(lambda *_: calls.append(trainer.state.global_step))
+    trainer.train()
+    assert calls == [1, 2]  # of the steps 0 to 3
+
+
 def test_several_teachers(tmp_path):
     teachers = {"small": TEACHER, "other": merged(TEACHER, {"model": "test_efficientnet"})}
     methods = {"first": {"method": "kd", "teacher": "small"}, "second": {"method": "kd", "teacher": "other"}}
