@@ -18,6 +18,7 @@ from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
 from kd_hf.models.load import load_model
 from kd_hf.models.parts import live_part
 from kd_hf.models.taps import TappedModel, tap_shapes
+from kd_hf.record import PLAIN
 
 
 @dataclass
@@ -160,7 +161,7 @@ def plain_twin(recipe: Recipe) -> Recipe:
     """The same student, data, seed and steps without teacher and methods, on labelled images only."""
     task = recipe.methods.get(TASK)
     kept = {TASK: task.model_copy(update={"weight": 1.0, "until": None})} if task else {}
-    folder = str(Path(recipe.train.output_dir) / "plain")
+    folder = str(Path(recipe.train.output_dir) / PLAIN)
     return recipe.model_copy(
         update={
             "teacher": None,

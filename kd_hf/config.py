@@ -274,6 +274,27 @@ class EvalConfig(Block):
     """Measure top-1 of the teacher and the student's agreement with it."""
 
 
+class HubConfig(Block):
+    """What goes to the Hub, when, and where; names of transformers' TrainingArguments. The token comes from
+    `hf auth login` or the variable HF_TOKEN, never from a recipe."""
+
+    push_to_hub: bool = False
+    """Push the student with its card when the run ends; the repository is made before the first step."""
+    hub_model_id: str | None = None
+    """`user/name`; by default the name of `train.output_dir` under the token's user."""
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = "end"
+    """`every_save` also pushes the student at every save, in the background; `checkpoint` the newest checkpoint too,
+    so that the same command continues the run on another machine."""
+    hub_private_repo: bool | None = None
+    """Make a new repository private; by default the organisation's setting decides."""
+    hub_revision: str | None = None
+    """Branch to push to; made when it is missing."""
+    license: str = "apache-2.0"
+    """License of the weights, as the Hub's card names it."""
+    tags: tuple[str, ...] = ()
+    """Further tags of the model card."""
+
+
 class Recipe(Block):
     """A whole run. Read one with :func:`kd_hf.recipe.load_recipe`."""
 
@@ -289,6 +310,7 @@ class Recipe(Block):
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
+    hub: HubConfig = HubConfig()
 
     @model_validator(mode="after")
     def _one_kind_of_teacher(self) -> Recipe:

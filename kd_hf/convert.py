@@ -54,7 +54,7 @@ def convert_checkpoint(
     label_names: str | Path | None = None,
     bgr: bool = False,
 ) -> list[str]:
-    """Write the student of a released checkpoint as a model folder (see :func:`kd_hf.hub.save_student`).
+    """Write the student of a released checkpoint as a model folder (see :func:`kd_hf.artefact.save_student`).
 
     Args:
         checkpoint: the file.
@@ -74,10 +74,10 @@ def convert_checkpoint(
     Raises:
         UserError: no such file or architecture, no checkpoint, or weights that do not fit the network.
     """
+    from kd_hf.artefact import save_student
     from kd_hf.conversion.fitting import count_classes, fit_weights, name_weights, turn_to_rgb
     from kd_hf.conversion.layouts import find_student
     from kd_hf.conversion.reading import read_checkpoint
-    from kd_hf.hub import save_student
     from kd_hf.models.load import load_model
 
     target = Path(folder)

@@ -358,7 +358,7 @@ def recipe_hash(recipe: Recipe) -> str:
     for teacher in (values["teacher"], *values["teachers"].values()):
         if teacher is not None:
             del teacher["shard"]  # how a teacher is held in memory changes nothing it says
-    del values["baseline"]
+    del values["baseline"], values["hub"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

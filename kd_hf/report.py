@@ -81,8 +81,10 @@ def load_lines(student: Path) -> list[str]:
     return lines
 
 
-def _started(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return next((line for line in reversed(log) if "models" in line), {"models": {}})
+def _network(log: Sequence[dict[str, Any]], name: str) -> tuple[str, int | None]:
+    started: dict[str, Any] = next((line for line in reversed(log) if "models" in line), {"models": {}})
+    facts = started["models"].get(name, {})
+    return facts.get("name", "?"), facts.get("parameters")
 
 
 def _last(log: Sequence[dict[str, Any]], key: str) -> Any:
@@ -90,15 +92,15 @@ def _last(log: Sequence[dict[str, Any]], key: str) -> Any:
 
 
 def _student_row(name: str, log: Sequence[dict[str, Any]]) -> Row:
-    model, parameters = _started(log)["models"].get("student", ("?", None))
+    model, parameters = _network(log, "student")
     return Row(name, model, _last(log, "eval_top1"), parameters, _last(log, "train_seconds"))
 
 
 def _teacher_row(name: str, log: Sequence[dict[str, Any]], trained: Path | None) -> Row:
-    model, parameters = _started(log)["models"].get(name, ("?", None))
+    model, parameters = _network(log, name)
     own = read_log(trained) if trained else []
     if own:
-        model = _started(own)["models"].get("student", (model, None))[0]
+        model = _network(own, "student")[0]
     return Row(name, model, _last(log, f"eval_{name}_top1"), parameters, _last(own, "train_seconds"))
 
 

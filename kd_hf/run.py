@@ -15,8 +15,7 @@ from kd_hf.config import Recipe
 from kd_hf.errors import UserError
 from kd_hf.files import write_text
 from kd_hf.recipe import RESOLVED, dump_recipe, recipe_hash, trained_hash
-
-STUDENT = "student"
+from kd_hf.record import REPORT, STUDENT
 
 
 class RunFolder:
@@ -95,7 +94,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run writes into its folder, and nothing else."""
-        for folder in (self.checkpoints, self.student, self.path / "report"):
+        for folder in (self.checkpoints, self.student, self.path / REPORT):
             shutil.rmtree(folder, ignore_errors=True)
         for name in (LOG, RESOLVED):
             (self.path / name).unlink(missing_ok=True)

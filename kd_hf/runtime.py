@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
+from importlib.metadata import version
 from types import FrameType, TracebackType
 
 import torch
@@ -17,6 +19,7 @@ from accelerate.utils import (
     LoggerType,
 )
 
+from kd_hf import __version__
 from kd_hf.config import TrainConfig
 from kd_hf.data.draws import hash_key
 from kd_hf.errors import UserError, nearest
@@ -139,6 +142,17 @@ def set_cpu_threads(wanted: int | str, processes: int) -> int:
         wanted = max(1, int(cores - busy) // processes)
     torch.set_num_threads(int(wanted))
     return int(wanted)
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's model, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that decide what a run computes."""
+    libraries = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "pillow")
+    return {"kd_hf": __version__, "python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
 def seed_networks(seed: int, step: int, micro_step: int, rank: int) -> None:

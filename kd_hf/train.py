@@ -27,7 +27,7 @@ def train_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> TrainOutput:
     """
     from kd_hf.assemble import plain_twin, teacher_recipes, with_trained_teachers
     from kd_hf.recipe import recipe_hash, trained_hash
-    from kd_hf.run import STUDENT
+    from kd_hf.record import STUDENT
     from kd_hf.trainer import DistillTrainer
 
     if recipe.train.output_dir in above:

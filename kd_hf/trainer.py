@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kd_hf import checkpoint as ckpt
+from kd_hf.artefact import save_student
 from kd_hf.assemble import Assembly, assemble
 from kd_hf.callbacks import CallbackList, JsonLines, Progress, TrainerControl, TrainerState, TrainOutput, read_log
 from kd_hf.config import Recipe
@@ -25,12 +26,11 @@ from kd_hf.data.views import DeviceStage
 from kd_hf.distill import weights_at
 from kd_hf.errors import LocalError, UserError
 from kd_hf.evaluation import Evaluator, measure_teachers
-from kd_hf.hub import save_student
 from kd_hf.optim import LrSchedule, build_average, build_optimizer
 from kd_hf.plan import announce
 from kd_hf.recipe import RESOLVED, dump_recipe, flat
 from kd_hf.run import RunFolder
-from kd_hf.runtime import StopSignal, build_accelerator, seed_networks, set_cpu_threads
+from kd_hf.runtime import StopSignal, build_accelerator, device_name, seed_networks, set_cpu_threads, versions
 from kd_hf.sharding import check_sharding, load_whole, load_whole_optimizer, prepare, whole
 from kd_hf.teacher import Teacher, check_label_order
 from kd_hf.window import LossWindow
@@ -450,10 +450,22 @@ class DistillTrainer:
         steps = f"{self.total_steps} of {self.global_batch} images, {self.steps_per_epoch} an epoch; {where}"
         for line in announce(self.parts, self.train_source.describe(), steps):
             self.say(line)
-        models = {"student": self.parts.student, **self.parts.teachers}
-        self._write({"step": start, "models": {n: [h.info.name, h.info.parameters] for n, h in models.items()}})
+        self._write({"step": start, **self._started()})
         self._clock = time.perf_counter()
         self.progress = Progress(self.total_steps, start, self.global_batch, main and not self.args.disable_tqdm)
+
+    def _started(self) -> dict[str, Any]:
+        """What a reader of the log should know about the run before its numbers."""
+        models = {"student": self.parts.student, **self.parts.teachers}
+        return {
+            "models": {name: handle.note() for name, handle in models.items()},
+            "data": {"train": self.train_source.describe(), "eval": self.eval_source.describe()},
+            "processes": self.accelerator.num_processes,
+            "device": device_name(self.device),
+            "global_batch": self.global_batch,
+            "steps_per_epoch": self.steps_per_epoch,
+            "versions": versions(),
+        }
 
     def _finish(self) -> TrainOutput:
         """Export the student, close the log and the trackers."""

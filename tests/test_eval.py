@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
+from kd_hf.artefact import save_student
 from kd_hf.config import DataConfig, GateConfig
 from kd_hf.data.source import open_source
 from kd_hf.errors import UserError
 from kd_hf.eval import evaluate_models
-from kd_hf.hub import save_student
 from kd_hf.models.load import load_model
 from kd_hf.teacher import GateResult, check_label_order
 from kd_hf.trainer import DistillTrainer

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kd_hf.artefact import save_student
 from kd_hf.callbacks import read_log
 from kd_hf.data.source import DigitsSource
-from kd_hf.hub import save_student
 from kd_hf.models.load import load_model
 from tests import runs
 from tests.hub.server import User, serve

@@ -4,8 +4,8 @@ import sys
 import pytest
 from PIL import Image
 
+from kd_hf.artefact import save_student
 from kd_hf.callbacks import JsonLines
-from kd_hf.hub import save_student
 from kd_hf.models.load import load_model
 from kd_hf.report import finish_report, load_lines, table
 from tests.runs import RECIPE, TEACHER, environment, merged, recipe
@@ -20,7 +20,10 @@ def write_log(folder, *lines):
 
 def run_lines(top1, seconds=12.3, **more):
     """What a run writes: its networks, losses, evaluations."""
-    models = {"student": ["test_vit", 371234], "teacher": ["test_resnet", 1234567]}
+    models = {
+        "student": {"name": "test_vit", "parameters": 371234},
+        "teacher": {"name": "test_resnet", "parameters": 1234567},
+    }
     return (
         {"step": 0, "models": models},
         {"step": 1, "loss": 2.0, "task/ce": 1.5, "kd/soft": 0.5, "weight/kd": 1.0},
@@ -56,7 +59,9 @@ def test_twin_and_trained_teacher_are_read_from_their_own_runs(tmp_path):
     path = tmp_path / "teacher.yaml"
     path.write_text(yaml.safe_dump(merged(RECIPE, {"train": {"output_dir": str(tmp_path / "teacher")}})))
     write_log(
-        tmp_path / "teacher", {"step": 0, "models": {"student": ["big_net", 9]}}, {"step": 1, "train_seconds": 77}
+        tmp_path / "teacher",
+        {"step": 0, "models": {"student": {"name": "big_net", "parameters": 9}}},
+        {"step": 1, "train_seconds": 77},
     )
     write_log(tmp_path / "run", *run_lines(71.0, eval_teacher_top1=80.5))
     write_log(tmp_path / "run" / "plain", *run_lines(60.0, seconds=3.0))
@@ -90,7 +95,7 @@ def test_curve_is_a_picture(tmp_path):
 
 
 def test_a_run_that_measured_nothing_is_still_reported(tmp_path):
-    write_log(tmp_path, {"step": 0, "models": {"student": ["test_vit", 5]}})
+    write_log(tmp_path, {"step": 0, "models": {"student": {"name": "test_vit", "parameters": 5}}})
     text = finish_report(recipe(tmp_path))
     assert "student" in text
     assert (tmp_path / "report" / "curve.png").is_file()

@@ -67,6 +67,17 @@ class ModelHandle:
     origin: Origin
     label_names: tuple[str, ...] = ()
 
+    def note(self) -> dict[str, Any]:
+        """Plain facts for a log."""
+        origin = self.origin
+        return {
+            "name": self.info.name,
+            "parameters": self.info.parameters,
+            "library": origin.library,
+            "architecture": origin.architecture,
+            "revision": origin.revision,
+        }
+
 
 def describe_timm(network: nn.Module, name: str, preprocessing: Preprocessing) -> ModelInfo:
     """Read the facts of a network built by timm.

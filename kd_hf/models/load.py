@@ -319,7 +319,7 @@ def _load_timm(request: _Request, source: _Source) -> ModelHandle:
         source.student.initialise(network)
     native = _timm_preprocessing(network)
     info = replace(describe_timm(network, request.model, _override(native, request)), native=native)
-    origin = _origin(request, "timm", source.architecture, arguments)
+    origin = _origin(request, source, arguments)
     return ModelHandle(network, info, origin, _timm_label_names(network, request, source))
 
 
@@ -376,7 +376,7 @@ def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
     if "image_size" in values:  # built for that size, so it cannot be shown another
         native = replace(native, image_size=values["image_size"])
     info = replace(describe_transformers(network, request.model, _override(native, request)), native=native)
-    origin = _origin(request, "transformers", source.architecture, values)
+    origin = _origin(request, source, values)
     return ModelHandle(network, info, origin, _config_label_names(config))
 
 
@@ -404,7 +404,7 @@ def _load_own(request: _Request, source: _Source) -> ModelHandle:
         native = replace(native, image_size=values["image_size"])
     info = describe_timm(network, request.model, _override(native, request))
     info = replace(info, native=native, library=LIBRARY)
-    origin = _origin(request, LIBRARY, source.architecture, values)
+    origin = _origin(request, source, values)
     return ModelHandle(network, info, origin, _config_label_names(config))
 
 
@@ -494,5 +494,7 @@ def _override(own: Preprocessing, request: _Request) -> Preprocessing:
     return replace(own, **changes)
 
 
-def _origin(request: _Request, library: str, architecture: str, arguments: Mapping[str, Any]) -> Origin:
-    return Origin(library, architecture, request.model, request.revision, request.pretrained, dict(arguments))
+def _origin(request: _Request, source: _Source, arguments: Mapping[str, Any]) -> Origin:
+    # a folder of the Hub's cache is named after its commit, which says more than the branch that was asked for
+    commit = source.folder.name if source.folder and source.folder.parent.name == "snapshots" else request.revision
+    return Origin(source.library, source.architecture, request.model, commit, request.pretrained, dict(arguments))

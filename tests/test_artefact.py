@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kd_hf.artefact import save_student, write_safetensors
 from kd_hf.errors import UserError
-from kd_hf.hub import save_student, write_safetensors
 from kd_hf.models.load import load_model
 from tests.models.families import HF_LEVELS, HF_SWIN, HF_TWO_HEADS, HF_VIT, SWIN, VIT
 
