@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def save_student(
 
     timm networks get timm's layout, which ``timm.create_model("local-dir:…")`` and
     ``AutoModelForImageClassification`` both read; transformers networks their own, with an image processor, and so
-    do the networks of this package, with the file that defines them (``trust_remote_code=True`` runs it).
+    do the networks of this package, with the file that defines them (``trust_remote_code=True`` runs it). Any other
+    network leaves its weights and its facts: whoever has its class loads them with ``load_state_dict``.
     Weights are safetensors.
 
     Args:
@@ -174,4 +175,17 @@ def _write_own(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) ->
     _write_transformers(shell, folder, {f"network.{key}": value for key, value in weights.items()})
 
 
-_WRITERS = {"timm": _write_timm, "transformers": _write_transformers, LIBRARY: _write_own}
+def _write_torch(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
+    """The weights and the facts; only the code that built the network can build it again."""
+    config = {
+        "library": handle.info.library,
+        "architecture": handle.origin.architecture,
+        "num_classes": handle.info.num_classes,
+        "label_names": list(handle.label_names),
+        "preprocessing": asdict(handle.info.preprocessing),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_safetensors(folder / "model.safetensors", weights)
+
+
+_WRITERS = {"timm": _write_timm, "transformers": _write_transformers, LIBRARY: _write_own, "torch": _write_torch}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd_hf.config import ModelConfig, Recipe, StudentConfig, TeacherConfig
+from kd_hf.config import HubConfig, ModelConfig, Recipe, StudentConfig, TeacherConfig
 from kd_hf.data.draws import hash_key
 from kd_hf.distill import TASK, Choice, DistillModule, build_methods, choose_methods, taps_of
 from kd_hf.errors import UserError
@@ -19,6 +19,8 @@ from kd_hf.models.load import load_model
 from kd_hf.models.parts import live_part
 from kd_hf.models.taps import TappedModel, tap_shapes
 from kd_hf.record import PLAIN
+
+GIVEN_NETWORK = "given:"  # begins the name of a network that a recipe can only name
 
 
 @dataclass
@@ -58,18 +60,28 @@ def _image_size(cfg: ModelConfig, recipe: Recipe) -> int | None:
     return cfg.image_size or recipe.data.image_size
 
 
-def assemble(recipe: Recipe, num_classes: int | None = None, device: str | torch.device = "cpu") -> Assembly:
+def assemble(
+    recipe: Recipe,
+    num_classes: int | None = None,
+    device: str | torch.device = "cpu",
+    given: Mapping[str, ModelHandle] | None = None,
+) -> Assembly:
     """Build networks and methods.
 
     Args:
         recipe: the run; teachers given by `recipe:` must have been resolved to folders.
         num_classes: classes of the data, for the student's head; the student's own when None.
         device: "meta" builds shapes only, without memory or weights.
+        given: networks that exist already, by name; the recipe's block of one says only how it is used.
     """
     seed = recipe.train.seed
     torch.manual_seed(hash_key(seed, "student") & 0x7FFFFFFFFFFFFFFF)
-    student = _load(recipe.student, recipe, recipe.student.num_classes or num_classes, device)
-    teachers = {name: _load(cfg, recipe, cfg.num_classes, device) for name, cfg in recipe.all_teachers().items()}
+    alive = given or {}
+    student = alive.get("student") or _load(recipe.student, recipe, recipe.student.num_classes or num_classes, device)
+    teachers = {
+        name: alive.get(name) or _load(cfg, recipe, cfg.num_classes, device)
+        for name, cfg in recipe.all_teachers().items()
+    }
     infos = {name: handle.info for name, handle in teachers.items()}
     choices = choose_methods(recipe, student.info, infos)
     tapped = TappedModel(
@@ -109,6 +121,8 @@ def _load(
 ) -> ModelHandle:
     if cfg.model is None:
         raise UserError(f"the teacher of {getattr(cfg, 'recipe', None)} has not been trained yet")
+    if cfg.model.startswith(GIVEN_NETWORK):
+        raise UserError(f"'{cfg.model}': this network was handed over in Python and cannot be built from the recipe")
     weightless = str(device) == "meta"
     return load_model(
         cfg.model,
@@ -169,6 +183,8 @@ def plain_twin(recipe: Recipe) -> Recipe:
             "baseline": None,
             "methods": kept,
             "data": recipe.data.model_copy(update={"unlabelled": "drop"}),
+            "eval": recipe.eval.model_copy(update={"report": False}),
+            "hub": HubConfig(),
             "train": recipe.train.model_copy(update={"output_dir": folder}),
         }
     )

@@ -10,15 +10,21 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from kd_hf.files import write_text, writing
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from kd_hf.config import TrainConfig
+    from kd_hf.run import RunLength
 
 LOG = "log.jsonl"
 
@@ -31,11 +37,35 @@ class TrainerState:
     max_steps: int = 0
     epoch: float = 0.0
     num_train_epochs: float = 0.0
+    logging_steps: int = 0
+    train_batch_size: int | None = None
     log_history: list[dict[str, Any]] = field(default_factory=list)
     best_metric: float | None = None
     best_global_step: int | None = None
     is_world_process_zero: bool = True
     is_local_process_zero: bool = True
+    is_hyper_param_search: bool = False
+    trial_name: str | None = None
+
+    @classmethod
+    def of(cls, args: TrainConfig, length: RunLength, accelerator: Accelerator) -> TrainerState:
+        """The state before the first step."""
+        return cls(
+            max_steps=length.total_steps,
+            num_train_epochs=length.total_steps / length.steps_per_epoch,
+            logging_steps=args.logging_steps,
+            train_batch_size=args.per_device_train_batch_size,
+            is_world_process_zero=accelerator.is_main_process,
+            is_local_process_zero=accelerator.is_local_main_process,
+        )
+
+    def note_best(self, value: float, greater_is_better: bool) -> bool:
+        """Remember an evaluation of the current step if it is the best so far; says whether it is."""
+        best = self.best_metric
+        if best is not None and not (value > best if greater_is_better else value < best):
+            return False
+        self.best_metric, self.best_global_step = value, self.global_step
+        return True
 
 
 @dataclass
@@ -68,10 +98,16 @@ class TrainerControl:
 
 
 class CallbackList:
-    """Calls every callback's method of an event, if it has one."""
+    """Calls every callback's method of an event, if it has one.
 
-    def __init__(self, args: Any, callbacks: Iterable[Any] = ()) -> None:
-        self.args = args
+    Args:
+        args: the recipe's `train` block.
+        callbacks: objects or classes.
+        objects: what every call also carries by name (``model``, ``optimizer``, …).
+    """
+
+    def __init__(self, args: Any, callbacks: Iterable[Any] = (), objects: Mapping[str, Any] | None = None) -> None:
+        self.args, self.objects = args, dict(objects or {})
         self.callbacks: list[Any] = []
         for callback in callbacks:
             self.add(callback)
@@ -89,7 +125,21 @@ class CallbackList:
         for callback in self.callbacks:
             method = getattr(callback, event, None)
             if method is not None:
-                method(self.args, state, control, **kwargs)
+                method(self.args, state, control, **self.objects, **kwargs)
+
+    def stateful(self) -> dict[str, Any]:
+        """What callbacks of transformers' `ExportableState` want to keep in a checkpoint, by class name."""
+        return {type(c).__name__: c.state()["attributes"] for c in self.callbacks if _keeps_state(c)}
+
+    def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give callbacks back what a checkpoint holds of them."""
+        for callback in self.callbacks:
+            if _keeps_state(callback):
+                vars(callback).update(states.get(type(callback).__name__, {}))
+
+
+def _keeps_state(callback: Any) -> bool:
+    return callable(getattr(callback, "state", None)) and callable(getattr(type(callback), "from_state", None))
 
 
 class JsonLines:

@@ -169,6 +169,9 @@ class DataConfig(Block):
     lanes: int = Field(64, ge=1)
     """Sequences of row groups that feed a global batch side by side. Processes × workers up to this number
     read different row groups; the order depends on it, and not on them."""
+    decoder: Literal["torchvision", "pil"] = "torchvision"
+    """What decodes, crops and resizes training images: torchvision on uint8 tensors (faster, 50 dB or more from PIL),
+    or PIL throughout, as the official code. Evaluation always uses PIL."""
     max_corrupt: int = Field(100, ge=0)
     """Unreadable images that are tolerated (replaced by the next readable row and counted) before the run stops."""
 
@@ -265,6 +268,19 @@ class TrainConfig(Block):
             raise ValueError("`lr_scheduler_type: step` has one period in `lr_decay_at`; use multistep for milestones")
         return self
 
+    def is_due(self, what: Literal["eval", "save"], step: int, epoch_end: bool) -> bool:
+        """Whether `eval_strategy` or `save_strategy` asks for something after a step."""
+        strategy, every = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
+        return epoch_end if strategy == "epoch" else strategy == "steps" and step % every == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as callbacks written for transformers ask for them."""
+        return self.model_dump(mode="json")
+
+    def to_json_string(self) -> str:
+        """The same as text."""
+        return self.model_dump_json(indent=2)
+
 
 class EvalConfig(Block):
     """What is measured on the evaluation split."""
@@ -272,6 +288,10 @@ class EvalConfig(Block):
     max_samples: int | None = Field(None, gt=0)
     teacher: bool = True
     """Measure top-1 of the teacher and the student's agreement with it."""
+    report: bool = True
+    """Draw `report/` when the run ends: curves, class-wise gains, where student and teacher look and disagree."""
+    report_samples: int = Field(1000, gt=0)
+    """Evaluation images that the report looks at."""
 
 
 class HubConfig(Block):

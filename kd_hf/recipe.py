@@ -6,6 +6,7 @@ to check a method's own options.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -104,6 +105,19 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     tree = _read_with_bases(Path(path), (), "")
     for override in overrides:
         tree.merge(_read_override(override))
+    return _validated(tree)
+
+
+def make_recipe(values: Mapping[str, Any], place: str) -> Recipe:
+    """Validate a recipe given as nested values; messages about it start with `place`.
+
+    Raises:
+        UserError: on anything wrong, with the nearest valid name.
+    """
+    return _validated(_Tree(copy.deepcopy(dict(values)), {(): place}))
+
+
+def _validated(tree: _Tree) -> Recipe:
     methods = tree.values.get("methods")
     if isinstance(methods, dict):
         _check_method_names(methods, tree)
@@ -358,7 +372,7 @@ def recipe_hash(recipe: Recipe) -> str:
     for teacher in (values["teacher"], *values["teachers"].values()):
         if teacher is not None:
             del teacher["shard"]  # how a teacher is held in memory changes nothing it says
-    del values["baseline"], values["hub"]
+    del values["baseline"], values["hub"], values["eval"]["report"], values["eval"]["report_samples"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

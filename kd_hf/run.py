@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,40 @@ from torch import Tensor
 
 from kd_hf import checkpoint as ckpt
 from kd_hf.callbacks import LOG
-from kd_hf.config import Recipe
+from kd_hf.config import Recipe, TrainConfig
 from kd_hf.errors import UserError
 from kd_hf.files import write_text
 from kd_hf.recipe import RESOLVED, dump_recipe, recipe_hash, trained_hash
 from kd_hf.record import REPORT, STUDENT
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is; `global_batch` is images per optimiser step over all processes."""
+
+    global_batch: int
+    steps_per_epoch: int
+    total_steps: int
+
+    def __str__(self) -> str:
+        return f"{self.total_steps} of {self.global_batch} images, {self.steps_per_epoch} an epoch"
+
+
+def run_length(args: TrainConfig, images: int, processes: int) -> RunLength:
+    """The length that a `train` block gives a run on so many images and processes.
+
+    Raises:
+        UserError: a step needs more images than there are.
+    """
+    global_batch = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
+    steps_per_epoch = images // global_batch
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"train.per_device_train_batch_size: the global batch of {global_batch} images is larger than the "
+            f"{images} training images"
+        )
+    total = args.max_steps or max(1, round(args.num_train_epochs * steps_per_epoch))
+    return RunLength(global_batch, steps_per_epoch, total)
 
 
 class RunFolder:
@@ -38,6 +68,11 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether the artefact of this very recipe is there."""
         return trained_hash(self.student) == self.hash
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something on this machine to continue from."""
+        return bool(ckpt.list_checkpoints(self.checkpoints))
 
     def find_checkpoint(self, wanted: str | bool | None) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to continue from and its state; None to start at step 0.

@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
@@ -144,6 +145,16 @@ def set_cpu_threads(wanted: int | str, processes: int) -> int:
     return int(wanted)
 
 
+def check_agreement(accelerator: Accelerator, seen: int, folder: Path) -> None:
+    """Raise :class:`UserError` unless all processes see the same in a run folder."""
+    everyone = accelerator.gather(torch.tensor([seen], device=accelerator.device))
+    if len(set(everyone.tolist())) > 1:
+        raise UserError(
+            f"train.output_dir: the processes do not see the same checkpoints in {folder}; "
+            "give a folder that all machines share"
+        )
+
+
 def device_name(device: torch.device) -> str:
     """What computes: the GPU's model, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -155,9 +166,9 @@ def versions() -> dict[str, str]:
     return {"kd_hf": __version__, "python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
-def seed_networks(seed: int, step: int, micro_step: int, rank: int) -> None:
+def seed_networks(seed: int, step: int, micro_step: int, rank: int, whose: str = "networks") -> None:
     """Seed what networks draw inside themselves (dropout, drop path), so that a resumed step repeats it."""
-    torch.manual_seed(hash_key(seed, "networks", step, micro_step, rank) & 0x7FFFFFFFFFFFFFFF)
+    torch.manual_seed(hash_key(seed, whose, step, micro_step, rank) & 0x7FFFFFFFFFFFFFFF)
 
 
 class StopSignal:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kd_hf.assemble import with_untrained_teachers
-from kd_hf.config import Recipe
+from kd_hf.config import HubConfig, Recipe
 from kd_hf.data.draws import generator
 from kd_hf.data.source import Source
 from kd_hf.errors import UserError
@@ -92,6 +92,8 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
             "teacher": teachers["teacher"] if described.teacher else None,
             "teachers": {} if described.teacher else teachers,
             "baseline": None,
+            "eval": recipe.eval.model_copy(update={"report": False}),
+            "hub": HubConfig(),
             "data": recipe.data.model_copy(update={"num_labels": None, "unlabelled": "keep"}),
             "train": train,
         }
@@ -109,7 +111,7 @@ def smoke(recipe: Recipe, folder: Path) -> str:
     batch = small.train.per_device_train_batch_size
     size = max(cfg.image_size or 0 for cfg in (small.student, *small.all_teachers().values()))
     images = NoiseSource(STEPS * batch, max(size, small.data.image_size or 224), classes)
-    trainer = DistillTrainer(small, train_source=images, eval_source=images)
+    trainer = DistillTrainer(small, train_dataset=images, eval_dataset=images)
     output = trainer.train()
     if not math.isfinite(output.training_loss):
         raise UserError(f"the loss is {output.training_loss} after {STEPS} steps")

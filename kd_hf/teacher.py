@@ -1,15 +1,11 @@
-"""Frozen teachers: held in their mode, outside the trained module, and measured before the first step."""
+"""Frozen teachers: held in their mode, outside the trained module."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kd_hf.config import GateConfig, TeacherConfig
-from kd_hf.errors import UserError
+from kd_hf.config import TeacherConfig, TrainConfig
 from kd_hf.methods.base import Outputs
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.taps import TappedModel
@@ -27,7 +23,7 @@ class Teacher:
         handle: the loaded network.
         model: the same network with the taps that methods read.
         device: where it runs.
-        precision: dtype of the run's mixed precision (float32 when there is none), for `dtype: auto`.
+        args: the recipe's `train` block; `dtype: auto` follows its mixed precision.
     """
 
     def __init__(
@@ -37,15 +33,18 @@ class Teacher:
         handle: ModelHandle,
         model: TappedModel,
         device: torch.device,
-        precision: torch.dtype,
+        args: TrainConfig,
     ) -> None:
         self.name = name
         self.cfg = cfg
         self.handle = handle
         self.info = handle.info
-        self.dtype = precision if cfg.dtype == "auto" else _DTYPES[cfg.dtype]
+        mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+        self.dtype = _DTYPES[mixed if cfg.dtype == "auto" else cfg.dtype]
         handle.network.requires_grad_(False)
         self.model = model.to(self.dtype)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
         if cfg.shard:
             shard_teacher(model, self.info, device)
         else:
@@ -71,61 +70,3 @@ class Teacher:
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             outputs = self.model(pixels.to(self.dtype))
         return Outputs(outputs.logits.float(), None, outputs.taps)
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """What the gate measured: top-1 in percent in the teacher's own preprocessing, and as training feeds it."""
-
-    teacher: str
-    samples: int
-    own: float
-    fed: float
-    own_size: int
-    fed_size: int
-
-    def describe(self) -> str:
-        """One line for the log."""
-        text = f"teacher '{self.teacher}': top-1 {self.own:.1f} on {self.samples} held-out images"
-        if self.fed_size == self.own_size and self.fed == self.own:
-            return text
-        text += f" in its own preprocessing ({self.own_size} px)"
-        return f"{text}, {self.fed:.1f} as training feeds it ({self.fed_size} px)"
-
-    def warning(self) -> str | None:
-        """What to tell the user when the pipeline costs the teacher accuracy; None when it does not."""
-        if self.own - self.fed <= 2.0:
-            return None
-        return (
-            f"teacher '{self.teacher}' loses {self.own - self.fed:.1f} points in the training pipeline: check its "
-            "image_size and preprocessing (mean, std, interpolation) in the recipe"
-        )
-
-    def check(self, gate: GateConfig, classes: int) -> None:
-        """Raise :class:`UserError` when the teacher is below the gate, or no better than guessing."""
-        if gate.min_top1 is not None and self.own < gate.min_top1:
-            raise UserError(
-                f"teacher '{self.teacher}' reaches top-1 {self.own:.1f} on {self.samples} held-out images, below "
-                f"gate.min_top1 = {gate.min_top1:g}; check its weights, preprocessing and label order"
-            )
-        chance = 100.0 / classes
-        # three standard errors above guessing, in percent
-        spread = 3.0 * (chance * (100.0 - chance) / max(1, self.samples)) ** 0.5
-        if gate.min_top1 is None and self.own <= chance + spread:
-            raise UserError(
-                f"teacher '{self.teacher}' reaches top-1 {self.own:.1f} on {self.samples} held-out images, no better "
-                f"than guessing among {classes} classes; check its weights, preprocessing and label order, or set "
-                "gate.enabled: false"
-            )
-
-
-def check_label_order(name: str, handle: ModelHandle, class_names: Sequence[str]) -> None:
-    """Refuse a teacher that knows the data's class names in another order."""
-    known = [label.lower() for label in handle.label_names]
-    wanted = [label.lower() for label in class_names]
-    if known and wanted and known != wanted and sorted(known) == sorted(wanted):
-        first = next(i for i, pair in enumerate(zip(known, wanted, strict=True)) if pair[0] != pair[1])
-        raise UserError(
-            f"teacher '{name}' has the data's classes in another order: class {first} is "
-            f"'{handle.label_names[first]}' for the teacher and '{class_names[first]}' in the data"
-        )

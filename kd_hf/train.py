@@ -1,4 +1,7 @@
-"""Train: ``python -m kd_hf.train RECIPE [key=value …]``, also under ``accelerate launch -m`` and ``torchrun -m``."""
+"""Train: ``python -m kd_hf.train RECIPE [key=value …]``, also under ``accelerate launch -m`` and ``torchrun -m``.
+
+``python -m kd_hf.train --push RUN_FOLDER [hub.key=value …]`` pushes the student of a finished run to the Hub.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +60,24 @@ def _say(text: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, train, and show the result."""
     parser = argparse.ArgumentParser(prog="python -m kd_hf.train", description="Distil a student as a recipe says.")
-    parser.add_argument("recipe", help="a recipe file, e.g. recipes/quickstart.yaml")
+    parser.add_argument("recipe", help="a recipe file, e.g. recipes/quickstart.yaml; with --push, a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.learning_rate=1e-3")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--smoke", action="store_true", help="two steps on noise with random weights, export and reload; keeps nothing"
+    )
+    instead.add_argument(
+        "--push", action="store_true", help="push the student of a finished run, e.g. --push RUN hub.hub_model_id=me/x"
     )
     args = parser.parse_intermixed_args(argv)  # options may stand among overrides
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a busy machine
+
+    if args.push:
+        if is_main_process():
+            from kd_hf.hub import push_run
+
+            print(f"pushed to {push_run(args.recipe, args.overrides)}")
+        return 0
 
     from kd_hf.recipe import load_recipe
 

@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from kd_hf import checkpoint as ckpt
-from kd_hf.artefact import save_student
 from kd_hf.assemble import Assembly, assemble
-from kd_hf.callbacks import CallbackList, JsonLines, Progress, TrainerControl, TrainerState, TrainOutput, read_log
-from kd_hf.config import Recipe
-from kd_hf.data.batch import Batch
-from kd_hf.data.draws import Draws
-from kd_hf.data.loader import train_loader
+from kd_hf.callbacks import CallbackList, TrainerControl, TrainerState, TrainOutput, read_log
+from kd_hf.config import HubConfig, Recipe, TrainConfig
 from kd_hf.data.mix import check_mixing
-from kd_hf.data.source import Source, open_source
-from kd_hf.data.views import DeviceStage
+from kd_hf.data.source import Source
 from kd_hf.distill import weights_at
 from kd_hf.errors import LocalError, UserError
-from kd_hf.evaluation import Evaluator, measure_teachers
-from kd_hf.optim import LrSchedule, build_average, build_optimizer
+from kd_hf.evaluation import Evaluator
+from kd_hf.feed import Feed, open_feed
+from kd_hf.gate import pass_gate
+from kd_hf.given import Methods, Network, Setup, open_images, read_setup
+from kd_hf.journal import Journal, run_facts, shown_metrics
 from kd_hf.plan import announce
-from kd_hf.recipe import RESOLVED, dump_recipe, flat
-from kd_hf.run import RunFolder
-from kd_hf.runtime import StopSignal, build_accelerator, device_name, seed_networks, set_cpu_threads, versions
-from kd_hf.sharding import check_sharding, load_whole, load_whole_optimizer, prepare, whole
-from kd_hf.teacher import Teacher, check_label_order
+from kd_hf.prediction import EvalPrediction, PredictionOutput, Predictions
+from kd_hf.publish import Publication
+from kd_hf.run import RunFolder, run_length
+from kd_hf.runtime import StopSignal, build_accelerator, check_agreement, seed_networks, set_cpu_threads
+from kd_hf.sharding import check_sharding
+from kd_hf.teacher import Teacher
+from kd_hf.trainable import Trainable
 from kd_hf.window import LossWindow
 
 
 class DistillTrainer:
-    """Distils a student as a recipe says.
+    """Distils a student.
 
     Args:
-        recipe: the run; see :func:`kd_hf.recipe.load_recipe`.
+        student: the network that is trained: a Hub id or timm name (with its weights), a timm or transformers model,
+            any other torch classifier. Or a whole :class:`~kd_hf.config.Recipe`, which then says all of the rest.
+        teacher: the network that is imitated, in the same forms; several by name; None to train without one.
+        methods: losses by name as in a recipe, `{"kd": {"weight": 0.5, "temperature": 2}}`; a number is a weight, a
+            list of names takes the papers' values. `task`, the loss on labels, is there unless it is changed.
+        args: a :class:`~kd_hf.config.TrainConfig`, a dict of its keys and those of `hub`, or the output folder.
+        train_dataset: a `datasets.Dataset` with an image and a label column, a torchvision data set, or a
+            :class:`~kd_hf.data.source.Source`; augmentation is this trainer's own.
+        eval_dataset: held-out images, in the same forms.
         callbacks: objects or classes with transformers' callback methods.
-        train_source: instead of the recipe's training images.
-        eval_source: instead of the recipe's evaluation images.
+        compute_metrics: maps an object with `predictions` (logits ``[N, K]``) and `label_ids` ``[N]`` to further
+            metrics of an evaluation.
+        data: keys of a recipe's `data` block: `augment`, `image_size`, column names; with `path` also the images.
+        hub: keys of a recipe's `hub` block.
+        processing_class: the image processor of a transformers student, which says how its images are prepared.
+
+    Raises:
+        UserError: anything that was asked for and cannot be had, before the first step.
 
     Example:
         >>> trainer = DistillTrainer(load_recipe("recipes/quickstart.yaml"))
@@ -52,91 +64,67 @@ class DistillTrainer:
 
     def __init__(
         self,
-        recipe: Recipe,
+        student: Network | Recipe,
+        teacher: Network | Mapping[str, Network] | None = None,
+        methods: Methods | None = None,
+        args: TrainConfig | Mapping[str, Any] | str | Path | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         callbacks: Iterable[Any] = (),
-        train_source: Source | None = None,
-        eval_source: Source | None = None,
+        compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None,
+        *,
+        data: Mapping[str, Any] | None = None,
+        hub: HubConfig | Mapping[str, Any] | None = None,
+        processing_class: Any = None,
     ) -> None:
-        self.recipe = recipe
-        self.args = recipe.train
-        self.train_source = train_source or open_source(recipe.data, "train", self.args.seed)
-        self.eval_source = eval_source or open_source(recipe.data, "eval", self.args.seed)
-        self.parts: Assembly = assemble(recipe, self.train_source.num_classes)
+        given = (student, teacher, methods, args, train_dataset, eval_dataset, data, hub, processing_class)
+        setup: Setup = read_setup(*given)
+        self.recipe, self.compute_metrics = setup.recipe, compute_metrics
+        self.args = self.recipe.train
+        self.train_source, self.eval_source = setup.train_source, setup.eval_source
+        self.parts: Assembly = assemble(self.recipe, self.train_source.num_classes, given=setup.networks)
         self.parts.check_data(self.train_source.num_classes, self.train_source.describe())
         pauses = any(choice.may_pause for choice in self.parts.choices) or "task" not in self.parts.module.choices
         self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=pauses)
         self.device = self.accelerator.device
-        self._plan_length()
-        self.run = RunFolder(recipe, self.global_batch)
+        self.length = run_length(self.args, len(self.train_source), self.accelerator.num_processes)
+        self.journal = Journal(self.accelerator, self.args)
+        self.run = RunFolder(self.recipe, self.length.global_batch)
+        names = tuple(self.train_source.class_names)
+        self.publication = Publication(self.run, self.parts.student, names, self.journal.say)
         self._build()
-        self.state = TrainerState(
-            max_steps=self.total_steps,
-            num_train_epochs=self.total_steps / self.steps_per_epoch,
-            is_world_process_zero=self.accelerator.is_main_process,
-            is_local_process_zero=self.accelerator.is_local_main_process,
-        )
+        self.state = TrainerState.of(self.args, self.length, self.accelerator)
         self.control = TrainerControl()
-        self.callbacks = CallbackList(self.args, callbacks)
+        objects = {"model": self.trained.plain.student.network, "processing_class": processing_class}
+        objects |= {"optimizer": self.trained.optimizer, "lr_scheduler": self.trained.schedule}
+        self.callbacks = CallbackList(self.args, callbacks, objects)
         self.corrupt: set[int] = set()
-        self.progress = Progress(0, 0, 0, enabled=False)  # until the run is opened
-        self.log_file: JsonLines | None = None
         self._seconds_before, self._clock = 0.0, time.perf_counter()
         self._evaluated_at = -1
+        self.callbacks.call("on_init_end", self.state, self.control)
 
     # ------------------------------------------------------------------------------------------ building
 
-    def _plan_length(self) -> None:
-        args = self.args
-        self.global_batch = (
-            args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
-        )
-        rows = len(self.train_source)
-        self.steps_per_epoch = rows // self.global_batch
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"train.per_device_train_batch_size: the global batch of {self.global_batch} images is larger than the "
-                f"{rows} training images"
-            )
-        check_mixing(self.recipe.data.augment, args.per_device_train_batch_size)
-        self.total_steps = args.max_steps or max(1, round(args.num_train_epochs * self.steps_per_epoch))
-
     def _build(self) -> None:
         """Place everything on the device and hand the one module to accelerate."""
-        args, module, info = self.args, self.parts.module, self.parts.student.info
-        check_sharding(self.recipe, self.parts.choices, self.accelerator)
-        self.threads = set_cpu_threads(args.cpu_threads, self.accelerator.num_processes)
-        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        args, accelerator = self.args, self.accelerator
+        check_mixing(self.recipe.data.augment, args.per_device_train_batch_size)
+        check_sharding(self.recipe, self.parts.choices, accelerator)
+        self.threads = set_cpu_threads(args.cpu_threads, accelerator.num_processes)
         self.teachers = {
-            name: Teacher(
-                name, cfg, self.parts.teachers[name], self.parts.tapped_teachers[name], self.device, precision
-            )
+            name: Teacher(name, cfg, self.parts.teachers[name], self.parts.tapped_teachers[name], self.device, args)
             for name, cfg in self.recipe.all_teachers().items()
         }
-        if args.channels_last:
-            module.to(memory_format=torch.channels_last)
-            for teacher in self.teachers.values():
-                teacher.model.to(memory_format=torch.channels_last)
-        if args.sync_batchnorm and self.accelerator.num_processes > 1:
-            module.student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module.student)
-        module.to(self.device)
-        self.ema = build_average(module.student, args.ema) if args.ema else None
-        self.plain_module = module
-        self.module, self.optimizer = prepare(self.accelerator, module, build_optimizer(module, args), info, self.ema)
-        self.schedule = LrSchedule(self.optimizer.optimizer, args, self.total_steps, self.steps_per_epoch)
-        self.stage = DeviceStage(self.parts.views(), info.num_classes)
-        self.evaluator = Evaluator(
-            self._students(), info.preprocessing, self.teachers, self.eval_source, self.accelerator, self.recipe
+        info, length = self.parts.student.info, self.length
+        self.trained = Trainable(
+            self.parts.module, info, self.recipe, accelerator, length.total_steps, length.steps_per_epoch
         )
+        self.evaluator = self._evaluator(self.eval_source)
         self.window = LossWindow()
 
-    def _students(self) -> dict[str, torch.nn.Module]:
-        """What evaluation measures: ``student`` holds the weights that are exported."""
-        raw = self.plain_module.student
-        if self.ema is None or self.args.ema is None:
-            return {"student": raw}
-        if self.args.ema.export:
-            return {"student": self.ema.module, "raw": raw}
-        return {"student": raw, "ema": self.ema.module}
+    def _evaluator(self, source: Source) -> Evaluator:
+        view = self.parts.student.info.preprocessing
+        return Evaluator(self.trained.students(), view, self.teachers, source, self.accelerator, self.recipe)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -148,11 +136,12 @@ class DistillTrainer:
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         finished = wanted is None and self.run.is_finished
-        self._agree(int(finished))
+        check_agreement(self.accelerator, int(finished), self.run.path)
         if finished:
             self.state.log_history = read_log(self.run.path)
-            self.say(f"{self.run.path} holds the finished run of this recipe; nothing to train")
+            self.journal.say(f"{self.run.path} holds the finished run of this recipe; nothing to train")
             return TrainOutput.of(self.state)
+        self._prepare_hub(wanted)
         self._resume(wanted)
         with StopSignal() as stop:
             self._open_run()
@@ -167,27 +156,27 @@ class DistillTrainer:
                     "train.gradient_accumulation_steps by the same factor, or set train.activation_checkpointing"
                 ) from None
             finally:
-                self.progress.close()
-        if stop.requested and self.state.global_step < self.total_steps:
-            self.say(
-                f"stopped by {stop.name} after step {self.state.global_step} of {self.total_steps}, which is saved; "
-                "the same command continues"
-            )
+                self.journal.progress.close()
+        if stop.requested and self.state.global_step < self.length.total_steps:
+            done = f"step {self.state.global_step} of {self.length.total_steps}"
+            self.journal.say(f"stopped by {stop.name} after {done}, which is saved; the same command continues")
             return TrainOutput.of(self.state, stop.name)
         return self._finish()
 
     def _loop(self, stop: StopSignal) -> None:
-        batches = self._batches()
-        while self.state.global_step < self.total_steps and not self.control.should_training_stop:
+        feed = self._feed()
+        while self.state.global_step < self.length.total_steps and not self.control.should_training_stop:
+            if self.state.global_step % self.length.steps_per_epoch == 0:
+                self.callbacks.call("on_epoch_begin", self.state, self.control)
             self.callbacks.call("on_step_begin", self.state, self.control)
-            self._step(batches)
+            self._step(feed)
             self.state.global_step += 1
-            self.state.epoch = self.state.global_step / self.steps_per_epoch
-            self.progress.advance()
+            self.state.epoch = self.state.global_step / self.length.steps_per_epoch
+            self.journal.progress.advance()
             self.callbacks.call("on_step_end", self.state, self.control)
             if self._after_step(stop):
                 return
-        if self.state.global_step < self.total_steps:  # a callback ended the run: it closes as at its last step
+        if self.state.global_step < self.length.total_steps:  # a callback ended the run: it closes as at its last step
             self._log_losses(False)
             if self._evaluated_at != self.state.global_step:
                 self.evaluate()
@@ -197,80 +186,66 @@ class DistillTrainer:
     def _after_step(self, stop: StopSignal) -> bool:
         """Log, evaluate and save as the recipe says; True when the run was asked to stop."""
         step, args, control = self.state.global_step, self.args, self.control
-        last = step == self.total_steps
+        last = step == self.length.total_steps
         stopping = stop.requested and self.accelerator.num_processes == 1
         if step % args.logging_steps == 0 or last or stopping or control.should_log:
             # ranks agree on stopping where they meet anyway, so a signal needs no communication of its own
             stopping = self._log_losses(stop.requested)
-        epoch_end, closing = step % self.steps_per_epoch == 0, last and args.save_strategy != "no"
-        if _is_due(args.eval_strategy, args.eval_steps, step, epoch_end) or control.should_evaluate or last:
-            with self.progress.paused():
+        epoch_end, closing = step % self.length.steps_per_epoch == 0, last and args.save_strategy != "no"
+        if args.is_due("eval", step, epoch_end) or control.should_evaluate or last:
+            with self.journal.progress.paused():
                 self.evaluate()
-        if _is_due(args.save_strategy, args.save_steps, step, epoch_end) or control.should_save or stopping or closing:
-            with self.progress.paused():
+        if args.is_due("save", step, epoch_end) or control.should_save or stopping or closing:
+            with self.journal.progress.paused():
                 self.save_checkpoint()
         control.should_log = control.should_evaluate = control.should_save = False
         if epoch_end:
             self.callbacks.call("on_epoch_end", self.state, control)
         return stopping and not last
 
-    def _batches(self) -> Iterator[Batch]:
-        args = self.args
-        return iter(
-            train_loader(
-                self.train_source,
-                self.recipe.data,
-                self.parts.views(),
-                per_device=args.per_device_train_batch_size,
-                world=self.accelerator.num_processes,
-                rank=self.accelerator.process_index,
-                accumulation=args.gradient_accumulation_steps,
-                seed=args.seed,
-                start_step=self.state.global_step,
-                total_steps=self.total_steps,
-                workers=args.dataloader_num_workers,
-                prefetch_factor=args.dataloader_prefetch_factor,
-                pin_memory=self.device.type == "cuda",
-            )
-        )
+    def _feed(self) -> Feed:
+        def active(step: int) -> tuple[str, ...]:
+            return tuple(name for name, weight in self.weights(step).items() if weight != 0)
 
-    def _step(self, batches: Iterator[Batch]) -> None:
+        start, total = self.state.global_step, self.length.total_steps
+        return open_feed(self.parts, self.train_source, self.teachers, active, self.accelerator, start, total)
+
+    def _step(self, feed: Feed) -> None:
         """One optimiser step over the micro-batches of a global batch."""
-        step = self.state.global_step
-        self.learning_rate = self.schedule.set(step)
+        step, module = self.state.global_step, self.trained.wrapped
+        self.learning_rate = self.trained.schedule.set(step)
         weights = self.weights(step)
-        self.module.train()
+        module.train()
         for micro in range(self.args.gradient_accumulation_steps):
+            lesson = next(feed)
+            self._note_corrupt(lesson.corrupt)
             seed_networks(self.args.seed, step, micro, self.accelerator.process_index)
-            batch = next(batches)
-            self._note_corrupt(batch)
-            with self.accelerator.accumulate(self.module):
-                losses = self._losses(batch, weights)
+            with self.accelerator.accumulate(module):
+                losses = module(lesson.pixels, lesson.teachers, lesson.target, lesson.draws, lesson.active)
                 total = torch.stack([weights[name.partition("/")[0]] * value for name, value in losses.items()]).sum()
                 self.window.add({"loss": total, **losses}, step + 1)
                 self.accelerator.backward(total)
                 if self.args.max_grad_norm is not None and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.module.parameters(), self.args.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.plain_module.student, step=step + 1)
+                    self.accelerator.clip_grad_norm_(module.parameters(), self.args.max_grad_norm)
+                self._optimize()
+        self.trained.average(step + 1)
 
-    def _losses(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        batch = batch.to(self.device, non_blocking=True)
-        views, target = self.stage(batch)
-        active = tuple(name for name, weight in weights.items() if weight != 0)
-        read = {self.plain_module.choices[name].teacher for name in active}  # one that is not read now does not run
-        taught = {name: teacher(views[name]) for name, teacher in self.teachers.items() if name in read}
-        draws = self.plain_module.draw(Draws(batch.key), active)
-        return self.module(views["student"], taught, target, draws, active)
+    def _optimize(self) -> None:
+        """Step the optimiser at the last micro batch, between the callbacks that look at gradients."""
+        if not self.accelerator.sync_gradients:
+            self.callbacks.call("on_substep_end", self.state, self.control)
+            return
+        self.callbacks.call("on_pre_optimizer_step", self.state, self.control)
+        self.trained.optimizer.step()
+        self.callbacks.call("on_optimizer_step", self.state, self.control)
+        self.trained.optimizer.zero_grad()
 
     def weights(self, step: int) -> dict[str, float]:
         """Factor of every method at a step counted from 0."""
-        return weights_at(self.parts.choices, step, self.total_steps, self.steps_per_epoch)
+        return weights_at(self.parts.choices, step, self.length.total_steps, self.length.steps_per_epoch)
 
-    def _note_corrupt(self, batch: Batch) -> None:
-        new = set(batch.corrupt) - self.corrupt
+    def _note_corrupt(self, rows: Iterable[int]) -> None:
+        new = set(rows) - self.corrupt
         self.corrupt |= new
         if len(self.corrupt) > self.recipe.data.max_corrupt:
             raise LocalError(
@@ -282,32 +257,53 @@ class DistillTrainer:
 
     def _gate(self) -> None:
         """Measure the teachers before the first step; refuse one that is below its gate."""
-        gated = {name: t for name, t in self.teachers.items() if t.cfg.gate.enabled}
-        for name, teacher in gated.items():
-            check_label_order(name, teacher.handle, self.train_source.class_names)
-        for result in measure_teachers(gated, self.parts.views(), self.eval_source, self.accelerator, self.args):
-            self.say(result.describe())
-            warning = result.warning()
-            if warning:
-                self.say(f"warning: {warning}")
-            teacher = gated[result.teacher]
-            self._write({"step": 0, "gate": result.teacher, "top1": result.own, "top1_as_fed": result.fed})
-            result.check(teacher.cfg.gate, teacher.info.num_classes)
 
-    def evaluate(self, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measure the student (its average too, when there is one) and the teachers on the evaluation images.
+        def tell(text: str, numbers: Mapping[str, Any]) -> None:
+            self.journal.say(text)
+            self.journal.write(dict(numbers))
+
+        names, views = self.train_source.class_names, self.parts.views()
+        pass_gate(self.teachers, views, names, self.eval_source, self.accelerator, self.args, tell)
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measure the student (its average too, when there is one) and the teachers on held-out images.
+
+        Args:
+            eval_dataset: other images than those the trainer was given.
+            metric_key_prefix: begins the names.
 
         Returns:
             ``eval_top1``, ``eval_top5``, ``eval_agreement`` … in percent, of the weights that will be exported.
         """
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluator().items()}
-        self._evaluated_at = self.state.global_step
+        evaluator, found = self.evaluator, Predictions() if self.compute_metrics else None
+        if eval_dataset is not None:
+            evaluator = self._evaluator(self._images(eval_dataset))
+        metrics = self._measured(evaluator, found, metric_key_prefix)
         self.log({**metrics, "train_seconds": round(self._seconds(), 2)})
-        shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items() if not key.endswith("samples"))
-        self.say(f"step {self.state.global_step}: {shown}")
+        self.journal.say(f"step {self.state.global_step}: {shown_metrics(metrics)}")
         self.callbacks.call("on_evaluate", self.state, self.control, metrics=metrics)
-        self._note_best(metrics)  # after the callbacks, which compare with the best so far
+        if eval_dataset is None:
+            self._evaluated_at = self.state.global_step
+            self._note_best(metrics)  # after the callbacks, which compare with the best so far
         return metrics
+
+    def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
+        """The student's logits ``[N, K]`` and the labels ``[N]`` of a data set, in its order, and the metrics."""
+        found = Predictions()
+        evaluator = self._evaluator(self._images(test_dataset))
+        metrics = self._measured(evaluator, found, metric_key_prefix)
+        self.callbacks.call("on_predict", self.state, self.control, metrics=metrics)
+        return PredictionOutput(*found.gather(self.accelerator), metrics)
+
+    def _images(self, dataset: Any) -> Source:
+        return open_images(self.recipe, "eval", dataset, self.train_source.class_names)
+
+    def _measured(self, evaluator: Evaluator, found: Predictions | None, prefix: str) -> dict[str, float]:
+        """An evaluator's metrics and the user's own, under names with a prefix."""
+        values = dict(evaluator(found))
+        if self.compute_metrics and found:
+            values |= self.compute_metrics(found.gather(self.accelerator))
+        return {key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value for key, value in values.items()}
 
     def _seconds(self) -> float:
         """Time spent training, over all parts of an interrupted run."""
@@ -320,9 +316,7 @@ class DistillTrainer:
             if self.args.load_best_model_at_end:
                 raise UserError(f"train.metric_for_best_model: no '{name}' among {', '.join(metrics)}")
             return
-        value, best = metrics[name], self.state.best_metric
-        if best is None or (value > best if self.args.greater_is_better else value < best):
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        if self.state.note_best(metrics[name], self.args.greater_is_better):
             self.control.should_save |= self.args.load_best_model_at_end
 
     def _log_losses(self, stop_requested: bool) -> bool:
@@ -333,19 +327,18 @@ class DistillTrainer:
             self._stop_on_non_finite(*first_bad)
         if not means:
             return stopping
-        rate = self.progress.rate(step)
+        rate = self.journal.progress.rate(step)
         values = {**means, "lr": self.learning_rate, "images_per_second": rate}
         values |= {f"weight/{name}": weight for name, weight in self.weights(step - 1).items()}
         if self.corrupt:
             values["corrupt_images"] = len(self.corrupt)
-        self.last_loss = means["loss"]
         self.log(values)
-        self.progress.show(values, step, self.total_steps)
+        self.journal.progress.show(values, step, self.length.total_steps)
         return stopping
 
     def _stop_on_non_finite(self, part: str, step: int) -> None:
         kept = ckpt.list_checkpoints(self.run.checkpoints)
-        self._write({"step": step, "error": f"{part} is not finite"})
+        self.journal.write({"step": step, "error": f"{part} is not finite"})
         raise UserError(
             f"the loss part '{part}' became NaN or infinite at step {step}; "
             + (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet")
@@ -356,21 +349,27 @@ class DistillTrainer:
         """Write values of the current step to ``log.jsonl``, the trackers and the callbacks."""
         entry = {"step": self.state.global_step, "epoch": round(self.state.epoch, 4), **logs}
         self.state.log_history.append(entry)
-        self._write(entry)
-        if self.args.report_to:
-            self.accelerator.log(logs, step=self.state.global_step)
+        self.journal.write(entry)
+        self.journal.track(logs, self.state.global_step)
         self.callbacks.call("on_log", self.state, self.control, logs=logs)
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        if self.log_file is not None:
-            self.log_file.write(entry)
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, class or instance."""
+        self.callbacks.add(callback)
 
-    def say(self, text: str) -> None:
-        """A line for the person watching, on the main process."""
-        if self.accelerator.is_main_process:
-            self.progress.say(text)
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback by instance or by class."""
+        self.callbacks.remove(callback)
 
     # --------------------------------------------------------------------------------- run folder, resume
+
+    def _prepare_hub(self, wanted: str | bool | None) -> None:
+        """On the main process: make the repository, and fetch the checkpoint that lies there."""
+        if self.accelerator.is_main_process:
+            self.publication.prepare()
+            if wanted is None or wanted is True:
+                self.publication.fetch()
+        self.accelerator.wait_for_everyone()
 
     def _resume(self, wanted: str | bool | None) -> None:
         """Continue what the run folder holds, unless told otherwise."""
@@ -378,32 +377,19 @@ class DistillTrainer:
             self.run.clear()
         self.accelerator.wait_for_everyone()
         found = self.run.find_checkpoint(wanted)
-        self._agree(found[1]["step"] if found else -1)
+        check_agreement(self.accelerator, found[1]["step"] if found else -1, self.run.path)
         if found is not None:
             self._load_checkpoint(*found)
-            self.say(f"continuing from {found[0]}")
-
-    def _agree(self, seen: int) -> None:
-        """Raise :class:`UserError` unless all processes see the same in the run folder."""
-        everyone = self.accelerator.gather(torch.tensor([seen], device=self.device))
-        if len(set(everyone.tolist())) > 1:
-            raise UserError(
-                f"train.output_dir: the processes do not see the same checkpoints in {self.run.path}; "
-                "give a folder that all machines share"
-            )
+            self.journal.say(f"continuing from {found[0]}")
 
     def _load_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
-        load_whole(self.plain_module, ckpt.load_tensors(folder, "module"))
-        if self.ema is not None:
-            load_whole(self.ema.module, ckpt.load_tensors(folder, "ema"))
-        load_whole_optimizer(self.optimizer, ckpt.load_objects(folder, "optimizer"))
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(ckpt.load_objects(folder, "scaler"))
+        self.trained.load(folder)
         self.state.global_step = state["step"]
-        self.state.epoch = self.state.global_step / self.steps_per_epoch
+        self.state.epoch = self.state.global_step / self.length.steps_per_epoch
         self.state.best_metric, self.state.best_global_step = state["best_metric"], state["best_step"]
         self.corrupt = set(state["corrupt"])
         self._seconds_before = state["seconds"]
+        self.callbacks.restore(state.get("callbacks", {}))
         if self.args.cpu_threads == "auto":  # another number of threads adds floats in another order
             self.threads = set_cpu_threads(state["cpu_threads"], self.accelerator.num_processes)
 
@@ -413,18 +399,12 @@ class DistillTrainer:
         if first_bad is not None:
             self._stop_on_non_finite(*first_bad)
         main = self.accelerator.is_main_process
-        tensors, objects = self._tensors(), {"optimizer": whole(self.optimizer.state_dict(), main)}
-        if self.accelerator.scaler is not None:
-            objects["scaler"] = self.accelerator.scaler.state_dict()
+        tensors, objects = self.trained.tensors(), self.trained.objects()
         if main:
             self.run.save_checkpoint(self._checkpoint_state(), tensors, objects)
+            self.publication.after_save(self.trained.exported(tensors=tensors), self.state.global_step)
         self.accelerator.wait_for_everyone()
         self.callbacks.call("on_save", self.state, self.control)
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts of a checkpoint by file: all that is trained, and the student's average; a call of all ranks."""
-        average = {"ema": self.ema.module.state_dict()} if self.ema is not None else {}
-        return whole({"module": self.plain_module.state_dict(), **average}, self.accelerator.is_main_process)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {
@@ -435,47 +415,38 @@ class DistillTrainer:
             "best_step": self.state.best_global_step,
             "corrupt": sorted(self.corrupt),
             "seconds": self._seconds(),
+            "callbacks": self.callbacks.stateful(),
         }
 
     def _open_run(self) -> None:
         """Write the resolved recipe, open the log, the trackers and the progress bar; say what will happen."""
-        main, start = self.accelerator.is_main_process, self.state.global_step
-        if main:
+        start = self.state.global_step
+        if self.accelerator.is_main_process:
             self.run.write_recipe()
-            self.log_file = JsonLines(self.run.path, keep_until=start)
-            self.state.log_history = read_log(self.run.path)
-        if self.args.report_to:
-            self.accelerator.init_trackers("kd_hf", config=flat(self.recipe.model_dump(mode="json")))
+        self.state.log_history = self.journal.open(self.run.path, start, self.recipe.model_dump(mode="json"))
         where = f"{self.accelerator.num_processes} process(es) on {self.device}"
-        steps = f"{self.total_steps} of {self.global_batch} images, {self.steps_per_epoch} an epoch; {where}"
-        for line in announce(self.parts, self.train_source.describe(), steps):
-            self.say(line)
-        self._write({"step": start, **self._started()})
-        self._clock = time.perf_counter()
-        self.progress = Progress(self.total_steps, start, self.global_batch, main and not self.args.disable_tqdm)
-
-    def _started(self) -> dict[str, Any]:
-        """What a reader of the log should know about the run before its numbers."""
+        self.journal.say(*announce(self.parts, self.train_source.describe(), f"{self.length}; {where}"))
         models = {"student": self.parts.student, **self.parts.teachers}
-        return {
-            "models": {name: handle.note() for name, handle in models.items()},
-            "data": {"train": self.train_source.describe(), "eval": self.eval_source.describe()},
-            "processes": self.accelerator.num_processes,
-            "device": device_name(self.device),
-            "global_batch": self.global_batch,
-            "steps_per_epoch": self.steps_per_epoch,
-            "versions": versions(),
-        }
+        data = {"train": self.train_source.describe(), "eval": self.eval_source.describe()}
+        self.journal.write({"step": start, **run_facts(models, data, self.accelerator, self.length)})
+        self._clock = time.perf_counter()
+        self.journal.show_progress(self.length.total_steps, start, self.length.global_batch)
 
     def _finish(self) -> TrainOutput:
-        """Export the student, close the log and the trackers."""
+        """Export the student, describe it, close the log and the trackers; push it last."""
         self.save_model()
         self.accelerator.wait_for_everyone()
-        self.callbacks.call("on_train_end", self.state, self.control)
-        if self.args.report_to:
-            self.accelerator.end_training()
         if self.corrupt:
-            self.say(f"{len(self.corrupt)} unreadable training images were replaced by their neighbours")
+            self.journal.say(f"{len(self.corrupt)} unreadable training images were replaced by their neighbours")
+        main = self.accelerator.is_main_process  # the others have nothing left to do, and do not wait
+        if main:
+            sharded = any(teacher.cfg.shard for teacher in self.teachers.values())
+            self.publication.close(None if sharded else self.parts.teachers, self.eval_source, self.device)
+        self.callbacks.call("on_train_end", self.state, self.control)
+        self.journal.close()
+        if main and self.recipe.hub.push_to_hub:
+            self.callbacks.call("on_push_begin", self.state, self.control)
+            self.publication.push()
         return TrainOutput.of(self.state)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -483,29 +454,34 @@ class DistillTrainer:
 
         All ranks call this together; the main one writes.
         """
-        weights = self._export_weights()
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        weights = self.trained.exported(None if best is None else self.run.checkpoint_of(best))
+        if self.accelerator.is_main_process:
+            self.publication.export(weights, Path(output_dir) if output_dir else None)
+
+    def create_model_card(self, license: str | None = None, tags: Iterable[str] = ()) -> None:
+        """Write the model card of the exported student, ``student/README.md``; on the main process.
+
+        Args:
+            license: instead of the recipe's `hub.license`.
+            tags: further ones.
+        """
+        if self.accelerator.is_main_process:
+            self.publication.describe(license=license, tags=tuple(tags))
+
+    def push_to_hub(
+        self, commit_message: str = "End of training", *, revision: str | None = None, private: bool | None = None
+    ) -> str | None:
+        """Push the exported student to ``hub.hub_model_id``; gives its address, on the main process.
+
+        Args:
+            commit_message: of the one commit.
+            revision: branch, instead of the recipe's.
+            private: for a repository that does not exist yet.
+
+        Raises:
+            UserError: no token, no network, somebody else's repository; what lies on the disk is whole.
+        """
         if not self.accelerator.is_main_process:
-            return
-        folder = Path(output_dir) if output_dir else self.run.student
-        handle = self.parts.student
-        names = tuple(self.train_source.class_names)
-        if names and len(names) == handle.info.num_classes:
-            handle = replace(handle, label_names=names)
-        save_student(handle, folder, state_dict=weights, extra_files={RESOLVED: dump_recipe(self.recipe)})
-
-    def _export_weights(self) -> dict[str, Tensor]:
-        """The bare network's state dict: of the best evaluation or the last step, averaged or raw."""
-        averaged = self.args.ema is not None and self.args.ema.export
-        name, prefix = ("ema", "network.") if averaged else ("module", "student.network.")
-        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            tensors = ckpt.load_tensors(self.run.checkpoint_of(self.state.best_global_step), name)
-        else:
-            tensors = self._tensors()[name]
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _is_due(strategy: str, every: int | None, step: int, epoch_end: bool) -> bool:
-    """Whether a strategy (`no`, `epoch`, `steps`) asks for something after a step."""
-    if strategy == "epoch":
-        return epoch_end
-    return strategy == "steps" and every is not None and step % every == 0
+            return None
+        return self.publication.push_again(commit_message, hub_revision=revision, hub_private_repo=private)

@@ -33,15 +33,15 @@ def main(recipes: list[str]) -> None:
     for path in recipes:
         trainer = DistillTrainer(load_recipe(path))
         trainer.evaluate()  # the student alone runs before the module that holds it
-        counters = [buffer for buffer in trainer.plain_module.buffers() if not buffer.is_floating_point()]
+        counters = [buffer for buffer in trainer.trained.plain.buffers() if not buffer.is_floating_point()]
         for counter in counters:
             counter += trainer.accelerator.process_index  # a difference that the first step has to undo
         trainer.train()
-        moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        moments = [value for state in trainer.trained.optimizer.state.values() for value in state.values()]
         shares = {
-            "plain": [p.numel() for p in trainer.plain_module.parameters() if not isinstance(p, DTensor)],
-            "module": share(trainer.plain_module.parameters()),
-            "average": share(trainer.ema.module.parameters()),
+            "plain": [p.numel() for p in trainer.trained.plain.parameters() if not isinstance(p, DTensor)],
+            "module": share(trainer.trained.plain.parameters()),
+            "average": share(trainer.trained.ema.module.parameters()),
             "optimizer": share(moments),
             "counters": [counter.item() for counter in counters],
         }

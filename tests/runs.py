@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
         "use_cpu": True,
         "cpu_threads": 1,
     },
-    "eval": {"max_samples": 64},
+    "eval": {"max_samples": 64, "report": False},
 }
 TEACHER = {"model": "test_resnet", "pretrained": False, "num_classes": 10, "gate": {"enabled": False}}
 

@@ -39,7 +39,7 @@ def outputs_of(name: str, shard: bool, mode: str = "eval") -> tuple[Outputs, Tea
     handle = load_model(name, pretrained=False, num_classes=10, image_size=SIZE, kwargs=kwargs)
     cfg = TeacherConfig(model=name, shard=shard, mode=mode)
     tapped = TappedModel(handle, handle.info, taps)
-    teacher = Teacher("teacher", cfg, handle, tapped, torch.device("cpu"), torch.float32)
+    teacher = Teacher("teacher", cfg, handle, tapped, torch.device("cpu"), TrainConfig(output_dir="."))
     pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     teacher(pixels)  # twice: what a pass leaves behind must not change the next
     return teacher(pixels), teacher

@@ -1,4 +1,4 @@
-"""The ``evaluate`` surface against the counts that training uses."""
+"""The ``evaluate`` surface against the sums that training uses."""
 
 from __future__ import annotations
 
@@ -6,25 +6,42 @@ import evaluate
 import pytest
 import torch
 
-from kd_hf.evaluate_metrics import Agreement, TopAccuracy
-from kd_hf.metrics import ClassificationMeter
+from kd_hf.evaluate_metrics import Agreement, CalibrationError, NegativeLogLikelihood, TopAccuracy
+from kd_hf.metrics import Accuracy, Calibration, Scored
 
 
-def test_both_ways_of_counting_agree():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(200, 12, generator=generator)
-    label = torch.randint(0, 12, (200,), generator=generator)
-    teacher = torch.randint(0, 12, (200,), generator=generator)
-    meter = ClassificationMeter(torch.device("cpu"))
-    meter.update(logits, label, torch.ones(200, dtype=torch.bool), teacher)
-    counted = meter.compute()
-    ranked = logits.topk(5).indices.tolist()
-    top = TopAccuracy()
-    for start in range(0, 200, 64):  # in batches, as users add them
-        top.add_batch(predictions=ranked[start : start + 64], references=label[start : start + 64].tolist())
-    assert top.compute() == pytest.approx({"top1": counted["top1"], "top5": counted["top5"]})
-    same = Agreement().compute(predictions=ranked, references=teacher.tolist())
-    assert same == pytest.approx({"agreement": counted["agreement"]})
+@pytest.fixture(scope="module")
+def batch():
+    draws = torch.Generator().manual_seed(0)
+    label, teacher = torch.randint(12, (2, 200), generator=draws)
+    return Scored(torch.randn(200, 12, generator=draws), label, torch.ones(200, dtype=torch.bool), teacher)
+
+
+def summed(batch):
+    values = {}
+    for meter in (Accuracy(torch.device("cpu")), Calibration(torch.device("cpu"))):
+        meter.update(batch)
+        values |= meter.compute()
+    return values
+
+
+def test_both_ways_of_counting_agree(batch):
+    """All of them combined, in batches as users add them."""
+    p = batch.logits.double().softmax(1)
+    inputs = {
+        "predictions": batch.logits.topk(5).indices,
+        "references": batch.label,
+        "confidences": p.amax(1),
+        "correct": (p.argmax(1) == batch.label).long(),
+        "likelihoods": p.gather(1, batch.label[:, None])[:, 0],
+    }
+    metrics = evaluate.combine([TopAccuracy(), CalibrationError(), NegativeLogLikelihood()])
+    for start in range(0, 200, 64):
+        metrics.add_batch(**{key: value[start : start + 64].tolist() for key, value in inputs.items()})
+    expected = summed(batch)
+    assert metrics.compute() == pytest.approx({key: expected[key] for key in ("top1", "top5", "ece", "nll")})
+    same = Agreement().compute(predictions=inputs["predictions"].tolist(), references=batch.teacher_class.tolist())
+    assert same == pytest.approx({"agreement": expected["agreement"]})
 
 
 def test_plain_indices_give_top1_only():

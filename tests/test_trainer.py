@@ -75,16 +75,16 @@ def test_teacher_is_not_trained_and_not_saved(tmp_path):
     teacher = trainer.teachers["teacher"]
     assert all(value.equal(before[key]) for key, value in teacher.model.state_dict().items())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.model.parameters())
-    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert trained == {id(parameter) for parameter in trainer.plain_module.parameters()}
+    trained = {id(p) for group in trainer.trained.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(parameter) for parameter in trainer.trained.plain.parameters()}
     assert not any("teacher" in key for key in final_tensors(tmp_path))
 
 
 def test_every_parameter_gets_a_gradient_and_moves(tmp_path):
     trainer = DistillTrainer(recipe(tmp_path, EVERYTHING, {"train": {"max_steps": 2, "save_strategy": "no"}}))
-    before = {name: value.detach().clone() for name, value in trainer.plain_module.named_parameters()}
+    before = {name: value.detach().clone() for name, value in trainer.trained.plain.named_parameters()}
     trainer.train()
-    still = [name for name, value in trainer.plain_module.named_parameters() if value.equal(before[name])]
+    still = [name for name, value in trainer.trained.plain.named_parameters() if value.equal(before[name])]
     assert not still
 
 
@@ -150,7 +150,7 @@ def test_non_finite_loss_stops_with_its_part_and_keeps_the_checkpoint(tmp_path):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 with torch.no_grad():
-                    next(trainer.plain_module.methods["mgd"].parameters()).fill_(float("nan"))
+                    next(trainer.trained.plain.methods["mgd"].parameters()).fill_(float("nan"))
 
     run = recipe(tmp_path, EVERYTHING, {"train": {"logging_steps": 2}})
     trainer = DistillTrainer(run, callbacks=[Poison()])
@@ -184,9 +184,9 @@ def test_callbacks_see_every_event_in_order(tmp_path):
     recorder = Recorder()
     options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     DistillTrainer(recipe(tmp_path, {"train": options}), callbacks=[recorder]).train()
-    step = ["on_step_begin", "on_step_end", "on_log"]
+    step = ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log"]
     assert recorder.events == [
-        "on_train_begin", *step, *step, "on_log", "on_evaluate", "on_save", "on_train_end"
+        "on_init_end", "on_train_begin", "on_epoch_begin", *step, *step, "on_log", "on_evaluate", "on_save", "on_train_end"
     ]  # fmt: skip
 
 
@@ -210,8 +210,8 @@ def test_average_is_exported_and_both_are_measured(tmp_path):
     output = trainer.train()
     assert {"eval_top1", "eval_raw_top1"} <= output.metrics.keys()
     saved = load_model(str(tmp_path), pretrained=True).network.state_dict()
-    average = trainer.ema.module.state_dict()
-    raw = trainer.plain_module.student.state_dict()
+    average = trainer.trained.ema.module.state_dict()
+    raw = trainer.trained.plain.student.state_dict()
     assert all(average[f"network.{key}"].equal(value) for key, value in saved.items())
     assert not all(raw[f"network.{key}"].equal(value) for key, value in saved.items())
 
@@ -244,24 +244,24 @@ def test_pairs_of_both_libraries_train(tmp_path, name):
     options = {"student": student, "teacher": teacher, "methods": methods, "train": {"max_steps": 2}}
     run = recipe(tmp_path, options)
     trainer = DistillTrainer(run)
-    before = {key: value.clone() for key, value in trainer.plain_module.state_dict().items()}
+    before = {key: value.clone() for key, value in trainer.trained.plain.state_dict().items()}
     trainer.train()
-    assert any(not value.equal(before[key]) for key, value in trainer.plain_module.state_dict().items())
+    assert any(not value.equal(before[key]) for key, value in trainer.trained.plain.state_dict().items())
     network = load_model(str(tmp_path), pretrained=True).network
     pixels = torch.randn(2, 3, 32, 32)
-    trainer.plain_module.eval()
+    trainer.trained.plain.eval()
     found = network(pixels)
     found = found if isinstance(found, torch.Tensor) else found.logits
-    assert found.equal(trainer.plain_module.student(pixels).logits)
+    assert found.equal(trainer.trained.plain.student(pixels).logits)
 
 
 def test_distilled_heads(tmp_path):
     student = {"model": "deit_tiny_distilled_patch16_224", "kwargs": PAIRS["timm"][0]["kwargs"]}
     methods = {"task": {"weight": 0.5}, "deit_hard": {"weight": 0.5}}
     trainer = DistillTrainer(recipe(tmp_path, {"student": student, "teacher": TEACHER, "methods": methods}))
-    before = trainer.plain_module.student.network.head_dist.weight.detach().clone()
+    before = trainer.trained.plain.student.network.head_dist.weight.detach().clone()
     trainer.train()
-    assert not trainer.plain_module.student.network.head_dist.weight.equal(before)
+    assert not trainer.trained.plain.student.network.head_dist.weight.equal(before)
 
 
 def test_bf16_is_close_to_fp32(tmp_path):

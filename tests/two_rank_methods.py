@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd_hf.assemble import Assembly, assemble
-from kd_hf.config import Recipe
+from kd_hf.config import Recipe, TrainConfig
 from kd_hf.data.draws import Draws, hash_key
 from kd_hf.distill import DistillModule, weights_at
 from kd_hf.methods import method_names
@@ -86,7 +86,7 @@ class Step:
             self.parts.teachers["teacher"],
             self.parts.tapped_teachers["teacher"],
             torch.device("cpu"),
-            precision,
+            TrainConfig(output_dir=".", bf16=precision == torch.bfloat16),
         )
         self.weights = weights_at(self.parts.choices, 0, 1, 1)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd_hf.data.mix import Erasing, Mixing, join_mixing
+
+COLUMNS = ("label", "row", "key", "valid")  # the tensors with one number per image
 
 
 @dataclass
@@ -37,6 +40,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a tensor that travels between processes takes a file descriptor and a message of its own
+        return {**vars(self), **{name: getattr(self, name).numpy() for name in COLUMNS}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, **{name: torch.from_numpy(state[name]) for name in COLUMNS})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return dataclasses.replace(

@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kd_hf.config import DataConfig
 from kd_hf.data.batch import Batch
 from kd_hf.data.draws import hash_key, python_state_kept
 from kd_hf.data.mix import Erasing, Mixing, batch_mixing, check_mixing, draw_erasing, is_mixing
 from kd_hf.data.order import EpochOrder, Layout, spread_rows
+from kd_hf.data.pixels import UnreadableImage, exif_warnings_silenced
 from kd_hf.data.source import Source
-from kd_hf.data.views import EvalTransform, TrainTransform, UnreadableImage, ViewPlan, plan_views
+from kd_hf.data.views import EvalTransform, TrainTransform, ViewPlan, plan_views
 from kd_hf.errors import LocalError, UserError
 from kd_hf.models.info import Preprocessing
 
-Transform = Callable[[bytes, int], dict[str, np.ndarray]]
+Transform = Callable[[bytes, int], dict[str, Tensor]]
 MAX_SKIP = 100  # consecutive unreadable rows after which something else must be wrong
 
 
-class _Assembler:
-    """Fills the tensors of a batch sample by sample."""
+@dataclass(frozen=True)
+class _Sample:
+    """One image of a batch; the defaults are those of a place that stays empty."""
 
-    def __init__(self, plan: ViewPlan, size: int) -> None:
-        self.view_of = plan.view_of
-        self.views = {
-            name: np.zeros((size, 3, spec.image_size, spec.image_size), np.uint8) for name, spec in plan.views.items()
-        }
-        self.label, self.row = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
-        self.key, self.valid = np.zeros(size, np.int64), np.zeros(size, bool)
+    views: dict[str, Tensor] | None = None
+    label: int = -1
+    row: int = -1
+    key: int = 0
 
-    def put(self, position: int, views: dict[str, np.ndarray], label: int, row: int, key: int) -> None:
-        for name, view in views.items():
-            self.views[name][position] = view
-        self.label[position], self.row[position], self.key[position] = label, row, key
-        self.valid[position] = True
 
-    def batch(self, **rest: Any) -> Batch:
-        label, row, key, valid = (torch.from_numpy(array) for array in (self.label, self.row, self.key, self.valid))
-        views = {name: torch.from_numpy(view) for name, view in self.views.items()}
-        return Batch(views, label, row, key, valid, dict(self.view_of), **rest)
+def _assembled(plan: ViewPlan, samples: Sequence[_Sample], **rest: Any) -> Batch:
+    """The batch of `samples`; zeros where there is none."""
+    views = {}
+    for name, spec in plan.views.items():
+        empty = torch.zeros(3, spec.image_size, spec.image_size, dtype=torch.uint8)
+        # in a worker this stacks them where the main process can see them
+        views[name] = default_collate([empty if sample.views is None else sample.views[name] for sample in samples])
+    label = torch.tensor([sample.label for sample in samples])
+    row = torch.tensor([sample.row for sample in samples])
+    key = torch.tensor([sample.key for sample in samples])
+    valid = torch.tensor([sample.views is not None for sample in samples])
+    return Batch(views, label, row, key, valid, dict(plan.view_of), **rest)
 
 
 class TrainBatches(Dataset[Batch]):
@@ -57,7 +60,7 @@ class TrainBatches(Dataset[Batch]):
     ) -> None:
         check_mixing(cfg.augment, layout.per_device)
         self.source, self.augment, self.plan, self.layout, self.seed = source, cfg.augment, plan, layout, seed
-        self.transform = TrainTransform(plan, cfg.augment)
+        self.transform = TrainTransform(plan, cfg.augment, cfg.decoder)
         self.order = EpochOrder(
             source.group_sizes, seed, cfg.shuffle_block, cfg.augment.repeats, layout.global_batch, cfg.lanes
         )
@@ -74,28 +77,24 @@ class TrainBatches(Dataset[Batch]):
         keys = [
             hash_key(self.seed, epoch, row, repeat) for row, repeat in zip(rows.tolist(), repeats.tolist(), strict=True)
         ]
-        assembler = _Assembler(self.plan, count)
         corrupt: list[int] = []
         with python_state_kept():
-            for position, (row, key) in enumerate(zip(rows.tolist(), keys, strict=True)):
-                views, label, used = self._readable(row, key, corrupt)
-                assembler.put(position, views, label, used, key)
-        return assembler.batch(
-            epoch=epoch, mixing=self._mixing(epoch, start, count), erasing=self._erasing(keys), corrupt=corrupt
-        )
+            samples = [self._readable(row, key, corrupt) for row, key in zip(rows.tolist(), keys, strict=True)]
+        mixing, erasing = self._mixing(epoch, start, count), self._erasing(keys)
+        return _assembled(self.plan, samples, epoch=epoch, mixing=mixing, erasing=erasing, corrupt=corrupt)
 
     def _erasing(self, keys: Sequence[int]) -> tuple[Erasing, ...]:
         boxes = (draw_erasing(self.augment.erasing, self.plan.size, key) for key in keys)
         return tuple(Erasing(position, box) for position, box in enumerate(boxes) if box is not None)
 
-    def _readable(self, row: int, key: int, corrupt: list[int]) -> tuple[dict[str, np.ndarray], int, int]:
-        """(views, label, row) of the first readable row from `row` on; the others are added to `corrupt`."""
+    def _readable(self, row: int, key: int, corrupt: list[int]) -> _Sample:
+        """The first readable row from `row` on; the others are added to `corrupt`."""
         reason: Exception | None = None
         for candidate in range(row, row + min(MAX_SKIP, len(self.source))):
             candidate %= len(self.source)
             try:
                 data, label = self.source.read(candidate)
-                return self.transform(data, key), label, candidate
+                return _Sample(self.transform(data, key), label, candidate, key)
             except (UnreadableImage, OSError) as error:
                 corrupt.append(candidate)
                 reason = error
@@ -128,15 +127,14 @@ class EvalBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         """Build batch number `index` of the rank's share."""
         size = self.layout.per_device
-        assembler = _Assembler(self.plan, size)
-        corrupt = []
+        samples, corrupt = [_Sample()] * size, []
         for position, row in enumerate(self.rows[index * size : (index + 1) * size].tolist()):
             try:
                 data, label = self.source.read(row)
-                assembler.put(position, self.transform(data, 0), label, row, hash_key(row))
+                samples[position] = _Sample(self.transform(data, 0), label, row, hash_key(row))
             except (UnreadableImage, OSError):
                 corrupt.append(row)
-        return assembler.batch(corrupt=corrupt)
+        return _assembled(self.plan, samples, corrupt=corrupt)
 
 
 class _Guarded(Dataset["Batch | UserError"]):
@@ -148,7 +146,8 @@ class _Guarded(Dataset["Batch | UserError"]):
 
     def __getitem__(self, index: int) -> Batch | UserError:
         try:
-            return self.batches[index]
+            with exif_warnings_silenced():
+                return self.batches[index]
         except UserError as error:
             return error
 

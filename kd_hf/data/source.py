@@ -17,6 +17,7 @@ EVAL_NAMES = ("validation", "val", "valid", "test")  # tried in this order when 
 TABLE_PATTERNS = ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar")  # a folder of these is not one of class folders
 DIGITS_SEED, DIGITS_SIZE = 0, 32
 UNLABELLED = -1
+GIVEN_DATA = "given:dataset"  # the path in the record of a run whose data sets were handed over in Python
 
 
 class Source(ABC):
@@ -64,7 +65,11 @@ def open_source(cfg: DataConfig, split: Split, seed: int = 0) -> Source:
     Raises:
         UserError: the data, split or columns do not exist, or more labels are asked for than there are.
     """
-    source = _open(cfg, split)
+    return with_labels(_open(cfg, split), cfg, split, seed)
+
+
+def with_labels(source: Source, cfg: DataConfig, split: Split, seed: int = 0) -> Source:
+    """The source with the labels that the recipe's `data` block leaves it; see :func:`open_source`."""
     if len(source) == 0:
         raise UserError(f"data.path: no images in {source.describe()}")
     if split == "eval" or (cfg.num_labels is None and cfg.unlabelled == "keep"):
@@ -75,6 +80,8 @@ def open_source(cfg: DataConfig, split: Split, seed: int = 0) -> Source:
 
 
 def _open(cfg: DataConfig, split: Split) -> Source:
+    if cfg.path == GIVEN_DATA:
+        raise UserError("data.path: the images of this run were handed over in Python; give them again, or a path")
     if cfg.path.startswith("builtin:"):
         if cfg.path != "builtin:digits":
             raise UserError(f"data.path: unknown built-in data '{cfg.path}'.{nearest(cfg.path, ['builtin:digits'])}")

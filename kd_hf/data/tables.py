@@ -17,6 +17,7 @@ from kd_hf.config import DataConfig
 from kd_hf.data.columns import Columns, find_columns, image_bytes, int_labels, plain_names
 from kd_hf.data.parquet import ParquetFiles
 from kd_hf.data.reading import check_labels, library_errors
+from kd_hf.data.rows import RowSource, undecoded
 from kd_hf.data.source import UNLABELLED, Source, Split, choose_split
 from kd_hf.data.tars import TarSource
 from kd_hf.errors import UserError
@@ -179,7 +180,7 @@ def _adopt_classes(source: Source, train: Source) -> None:
     source.class_names = names
 
 
-class TableSource(Source):
+class TableSource(RowSource):
     """A prepared ``datasets.Dataset``: memory-mapped, any row at any time.
 
     Args:
@@ -190,30 +191,9 @@ class TableSource(Source):
     """
 
     def __init__(self, dataset: Any, group_sizes: Sequence[int], cfg: DataConfig, where: str) -> None:
-        from datasets import Image
-
         self.columns = find_columns(dataset.features, cfg)
-        kept = [self.columns.image, self.columns.label]
-        self._data = dataset.select_columns(kept).cast_column(self.columns.image, Image(decode=False))
-        self._labels = int_labels(dataset.data.column(self.columns.label))
-        largest = int(self._labels.max(initial=UNLABELLED))
-        names = self.columns.class_names
-        check_labels(int(self._labels.min(initial=UNLABELLED)), largest, names, where)
-        self.class_names = names or plain_names(largest)
-        self.group_sizes = tuple(group_sizes)
-        self._where = where
-
-    def read(self, row: int) -> tuple[bytes, int]:
-        """Encoded image and label; see :class:`Source`."""
-        return image_bytes(self._data[row][self.columns.image]), int(self._labels[row])
-
-    def labels(self) -> np.ndarray:
-        """All labels; see :class:`Source`."""
-        return self._labels
-
-    def describe(self) -> str:
-        """Place, split and size."""
-        return f"{self._where} ({len(self)} images, {self.num_classes} classes)"
+        image, labels = self.columns.image, int_labels(dataset.data.column(self.columns.label))
+        super().__init__(undecoded(dataset, image), image, labels, self.columns.class_names, where, group_sizes)
 
 
 class StreamedSource(Source):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 from kd_hf.config import AugmentConfig, CropConfig
 from kd_hf.data.draws import Draws, generator, seed_python
 from kd_hf.data.mix import Erasing, mix_images_, mix_target
+from kd_hf.data.pixels import DECODERS, CropBox, Picture, as_image, as_tensor, decode
 from kd_hf.errors import UserError, nearest
 from kd_hf.methods.base import Target
 from kd_hf.models.info import Preprocessing
@@ -29,10 +29,6 @@ ENHANCERS: Mapping[str, Callable[[Image.Image], Any]] = {
     "saturation": ImageEnhance.Color,
 }
 CROP_ATTEMPTS = 10
-
-
-class UnreadableImage(Exception):
-    """Bytes that no image comes out of."""
 
 
 # --- planning -----------------------------------------------------------------------------------------------------
@@ -99,30 +95,12 @@ def _view_key(spec: Preprocessing, training: bool) -> tuple[object, ...]:
 # --- host side: bytes to uint8 ------------------------------------------------------------------------------------
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode to RGB: 16-bit grey by its high byte, alpha dropped, EXIF orientation ignored (as timm does).
-
-    Raises:
-        UnreadableImage: whatever Pillow has against these bytes.
-    """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        image.load()
-        if image.mode.startswith("I"):
-            return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, …
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-
-
 @dataclass(frozen=True)
 class Geometry:
     """One sample's draws, the same for all its views."""
 
-    box: tuple[int, int, int, int] | None = None
-    """(left, top, right, bottom) on the decoded image; None is the whole of it."""
+    box: CropBox | None = None
+    """On the decoded image; None is the whole of it."""
     shift: tuple[float, float] = (0.0, 0.0)
     """(x, y) by which the resized image is moved, as fractions of the view's side."""
     flip: bool = False
@@ -160,10 +138,8 @@ def takes_jitter(policy: str | None) -> bool:
     return not policy or policy.startswith("3a")
 
 
-def random_resized_box(
-    crop: CropConfig, size: tuple[int, int], draws: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """The box of torchvision's RandomResizedCrop, (left, top, right, bottom), for an image of (width, height)."""
+def random_resized_box(crop: CropConfig, size: tuple[int, int], draws: np.random.Generator) -> CropBox:
+    """The box of torchvision's RandomResizedCrop for an image of (width, height)."""
     width, height = size
     for _ in range(CROP_ATTEMPTS):
         area = draws.uniform(*crop.scale) * width * height
@@ -181,21 +157,14 @@ def random_resized_box(
     return left, top, left + w, top + h
 
 
-def take_view(image: Image.Image, geometry: Geometry, spec: Preprocessing) -> Image.Image:
-    """Crop, resize, shift and flip a decoded image into a view of ``image_size`` pixels per side."""
+def take_view(picture: Picture, geometry: Geometry, spec: Preprocessing) -> Tensor:
+    """Resize, shift and flip a cropped picture into a view, uint8 ``[3, S, S]`` with S = ``image_size``."""
     side = spec.image_size
-    if geometry.box is not None:
-        # not resize(box=…), which would let pixels around the box shine in
-        image = image.crop(geometry.box)
-    view = image.resize((side, side), Image.Resampling[spec.interpolation.upper()])
+    view = picture.resized(side, spec.interpolation)
     dx, dy = (round(fraction * side) for fraction in geometry.shift)
     if dx or dy:
-        canvas = Image.new("RGB", view.size)
-        canvas.paste(view, (dx, dy))
-        view = canvas
-    if geometry.flip:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return view
+        view = torch.nn.functional.pad(view, (dx, -dx, dy, -dy))
+    return view.flip(2) if geometry.flip else view
 
 
 def jittered(view: Image.Image, jitter: Sequence[tuple[str, float]]) -> Image.Image:
@@ -240,36 +209,46 @@ def _posterize(function: Callable[..., Image.Image], image: Image.Image, bits: i
 
 
 class TrainTransform:
-    """Bytes and sample key to one uint8 array ``[3, S, S]`` per view; decodes once and draws once.
+    """Bytes and sample key to one uint8 tensor ``[3, S, S]`` per view; decodes once and draws once.
 
     With `auto_augment` it seeds Python's and numpy's global generators, which timm draws from: keep them with
     :func:`kd_hf.data.draws.python_state_kept` where that matters.
+
+    Args:
+        plan: of the views.
+        augment: the recipe's block.
+        decoder: a key of :data:`kd_hf.data.pixels.DECODERS`.
     """
 
-    def __init__(self, plan: ViewPlan, augment: AugmentConfig) -> None:
+    def __init__(self, plan: ViewPlan, augment: AugmentConfig, decoder: str = "torchvision") -> None:
         self.views = plan.views
         self.size = plan.size
         self.augment = augment
+        self.decode = DECODERS[decoder]()
         policy = augment.auto_augment
         self.policies = {name: augment_policy(policy, spec) for name, spec in self.views.items()} if policy else {}
 
-    def __call__(self, data: bytes, key: int) -> dict[str, np.ndarray]:
+    def __call__(self, data: bytes, key: int) -> dict[str, Tensor]:
         """Raises :class:`UnreadableImage` for bytes that are no image."""
-        image = decode(data)
-        geometry = draw_geometry(self.augment, image.size, self.size, key)
-        return {name: self._view(name, image, geometry, key) for name in self.views}
+        picture = self.decode(data)
+        geometry = draw_geometry(self.augment, picture.size, self.size, key)
+        if geometry.box is not None:
+            picture = picture.cropped(geometry.box)
+        return {name: self._view(name, picture, geometry, key) for name in self.views}
 
-    def _view(self, name: str, image: Image.Image, geometry: Geometry, key: int) -> np.ndarray:
-        view = take_view(image, geometry, self.views[name])
+    def _view(self, name: str, picture: Picture, geometry: Geometry, key: int) -> Tensor:
+        view = take_view(picture, geometry, self.views[name])
+        if name not in self.policies and not geometry.jitter:
+            return view
+        image = as_image(view)
         if name in self.policies:
             seed_python(key, "rand_augment")  # the same operations and magnitudes for every view
-            view = self.policies[name](view)
-        view = jittered(view, geometry.jitter)
-        return np.asarray(view).transpose(2, 0, 1)
+            image = self.policies[name](image)
+        return as_tensor(jittered(image, geometry.jitter))
 
 
 class EvalTransform:
-    """Bytes to one uint8 array ``[3, S, S]`` per view, exactly as timm's evaluation transform."""
+    """Bytes to one uint8 tensor ``[3, S, S]`` per view, exactly as timm's evaluation transform."""
 
     def __init__(self, plan: ViewPlan) -> None:
         from timm.data.transforms_factory import transforms_imagenet_eval
@@ -287,10 +266,10 @@ class EvalTransform:
             for name, spec in plan.views.items()
         }
 
-    def __call__(self, data: bytes, key: int = 0) -> dict[str, np.ndarray]:
+    def __call__(self, data: bytes, key: int = 0) -> dict[str, Tensor]:
         """`key` has no effect. Raises :class:`UnreadableImage` for bytes that are no image."""
         image = decode(data)
-        return {name: transform(image).numpy() for name, transform in self.transforms.items()}
+        return {name: transform(image) for name, transform in self.transforms.items()}
 
 
 # --- device side: uint8 to normalised float -----------------------------------------------------------------------

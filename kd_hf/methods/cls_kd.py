@@ -116,8 +116,9 @@ class ClsKD(Method):
         classes, similarities, terms, norms = [], [], [], []
         for k, (ours, theirs) in enumerate(paired(cfg, student, teacher)):
             s, t = unit(ours), unit(frozen(theirs))  # [B, N, D]
-            classes.append(self._class_token(s[:, 0], t[:, 0]))
-            similarities.append((_to_class(t) - _to_class(s)).square().mean())
+            (token, near), (token_t, near_t) = _from_class(s), _from_class(t)
+            classes.append(self._class_token(token, token_t))
+            similarities.append((near_t - near).square().mean())
             if cfg.manifold:
                 terms.append(relations(s, t, draws[f"perm.{k}"][: cfg.K]))
             elif cfg.norm_distill:
@@ -181,9 +182,11 @@ def _check_counts(ours: int, theirs: int) -> None:
         )
 
 
-def _to_class(tokens: Tensor) -> Tensor:
-    """Cosine of each patch and the class token of unit tokens ``[B, N, D]``: ``[B, N-1]``."""
-    return (tokens[:, :1] * tokens[:, 1:]).sum(2)
+def _from_class(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of unit tokens ``[B, N, D]`` the class token ``[B, D]`` and its cosine with each patch ``[B, N-1]``."""
+    # one split has one gradient; three slices would each fill a copy of the tokens with zeros
+    token, patches = tokens.split((1, tokens.shape[1] - 1), dim=1)
+    return token[:, 0], (token * patches).sum(2)
 
 
 def _lengths(tokens: Tensor) -> Tensor:

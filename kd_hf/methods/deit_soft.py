@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import frozen, full_precision
+from kd_hf.methods.losses import divergence, frozen, full_precision, tempered
 from kd_hf.models.info import ModelInfo
 
 
@@ -54,8 +53,7 @@ class DeiTSoft(Method):
         assert teacher is not None
         temperature = self.cfg.temperature
         logits = student.logits if student.dist_logits is None else student.dist_logits
-        ours = F.log_softmax(full_precision(logits) / temperature, dim=1)
-        theirs = F.log_softmax(frozen(teacher.logits) / temperature, dim=1)
-        divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
-        images, classes = ours.shape
-        return {"soft": divergence / (images * classes if self.cfg.reduction == "numel" else images)}
+        ours = tempered(full_precision(logits), temperature).log_softmax(1)
+        theirs = tempered(frozen(teacher.logits), temperature).log_softmax(1)
+        classes = ours.shape[1] if self.cfg.reduction == "numel" else 1
+        return {"soft": divergence(ours, theirs, temperature**2 / classes)}

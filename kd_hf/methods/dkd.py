@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import batch_mean, frozen, full_precision, labelled, without
+from kd_hf.methods.losses import divergence, frozen, full_precision, labelled, tempered, without
 from kd_hf.models.info import ModelInfo
 
 
@@ -56,19 +57,23 @@ class DKD(Method):
         assert teacher is not None
         temperature = self.cfg.temperature
         label, known = labelled(target.hard)
-        ours = full_precision(student.logits) / temperature
-        theirs = frozen(teacher.logits) / temperature
         label = label[:, None]
+        ours = tempered(full_precision(student.logits), temperature)
+        theirs = tempered(frozen(teacher.logits), temperature)
         rest, rest_t = without(ours, label), without(theirs, label)
-        lse, lse_t = rest.logsumexp(1), rest_t.logsumexp(1)
+        log_p, log_q = rest.log_softmax(1), rest_t.log_softmax(1)
 
-        # log-odds of the label: log-sigmoid is finite where the label's probability underflows or reaches 1
-        odds, odds_t = ours.gather(1, label)[:, 0] - lse, theirs.gather(1, label)[:, 0] - lse_t
-        binary = odds_t.sigmoid() * (F.logsigmoid(odds_t) - F.logsigmoid(odds))
-        binary = binary + (-odds_t).sigmoid() * (F.logsigmoid(-odds_t) - F.logsigmoid(-odds))
-        others = (rest_t.softmax(1) * (theirs - ours)).sum(1) + lse - lse_t
+        # log-odds of the label: what log_softmax took off is the log-sum-exp of the rest, the same at every class of it
+        q = log_q.exp()
+        odds = ours.gather(1, label) - (q * (rest - log_p)).sum(1, keepdim=True)
+        odds_t = theirs.gather(1, label) - (q * (rest_t - log_q)).sum(1, keepdim=True)
         scale = temperature**2
         return {
-            "tckd": self.cfg.alpha * scale * batch_mean(binary, known),
-            "nckd": self.cfg.beta * scale * batch_mean(others, known),
+            "tckd": divergence(_binary(odds), _binary(odds_t), self.cfg.alpha * scale, known),
+            "nckd": divergence(log_p, log_q, self.cfg.beta * scale, known),
         }
+
+
+def _binary(odds: Tensor) -> Tensor:
+    """Logarithm of the pair b ``[B, 2]`` from log-odds ``[B, 1]``, finite also where a probability rounds to 0 or 1."""
+    return F.logsigmoid(torch.cat([odds, -odds], 1))

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import batch_mean, frozen, full_precision, soft_cross_entropy
+from kd_hf.methods.losses import cross_entropy, frozen, full_precision, tempered
 from kd_hf.models.info import ModelInfo
 
 
@@ -44,5 +44,7 @@ class KD(Method):
     ) -> dict[str, Tensor]:
         """Return ``{"soft": scalar}``."""
         assert teacher is not None
-        logits, reference = full_precision(student.logits), frozen(teacher.logits)
-        return {"soft": batch_mean(soft_cross_entropy(logits, reference, self.cfg.temperature))}
+        temperature = self.cfg.temperature
+        log_p = tempered(full_precision(student.logits), temperature).log_softmax(1)
+        rows = tempered(frozen(teacher.logits), temperature).softmax(1)
+        return {"soft": cross_entropy(log_p, rows, temperature**2)}

@@ -20,10 +20,36 @@ def frozen(tensor: Tensor) -> Tensor:
     return full_precision(tensor.detach())
 
 
-def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``-T² Σ_k q_k log p_k`` per sample with p, q the softmax of logits / T: ``[B, K], [B, K] → [B]``."""
-    rows = F.softmax(teacher / temperature, dim=1)
-    return F.cross_entropy(student / temperature, rows, reduction="none") * temperature**2
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over a temperature; at 1, the usual case, they are left as they are, which saves two passes over them."""
+    return logits if temperature == 1 else logits / temperature
+
+
+def cross_entropy(log_p: Tensor, rows: Tensor, factor: float = 1.0, counted: Tensor | None = None) -> Tensor:
+    """``-factor/B Σ_b Σ_k rows_bk log p_bk``; a probability of 0 adds 0.
+
+    Weights of single samples belong into the rows, which are constants: the gradient then is one product, without a
+    pass per weight.
+
+    Args:
+        log_p: ``[B, K]``.
+        rows: constant weights ``[B, K]``, changed in place by `counted`.
+        factor: of the result.
+        counted: samples ``[B]`` that are False add 0 but stay in B.
+
+    Returns:
+        A scalar.
+    """
+    return (_counted(rows, counted) * log_p).sum() * (-factor / len(rows))
+
+
+def divergence(log_p: Tensor, log_q: Tensor, factor: float = 1.0, counted: Tensor | None = None) -> Tensor:
+    """``factor/B Σ_b KL(q_b ‖ p_b)`` from log-probabilities ``[B, K]``, q a constant; `counted` as above."""
+    return (_counted(log_q.exp(), counted) * (log_q - log_p)).sum() * (factor / len(log_q))
+
+
+def _counted(rows: Tensor, counted: Tensor | None) -> Tensor:
+    return rows if counted is None else rows.masked_fill_(~counted[:, None], 0.0)
 
 
 # A removed class: its exponential is exactly 0 and, unlike with -inf, so is 0 times its logarithm.
@@ -36,20 +62,6 @@ def without(logits: Tensor, classes: Tensor) -> Tensor:
     This is exact where ``log(1 - p)`` would overflow because p rounds to 1.
     """
     return logits.scatter(1, classes, REMOVED)
-
-
-def rest_cross_entropy(logits: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
-    """``-Σ_{k∉classes} rows_k log p̂_k`` per sample, p̂ the softmax over the classes not in `classes`.
-
-    Args:
-        logits: ``[B, K]``.
-        classes: the removed class indices ``[B, J]``.
-        rows: weights ``[B, K]`` that are 0 at `classes` and sum to 1.
-
-    Returns:
-        ``[B]``.
-    """
-    return F.cross_entropy(without(logits, classes), rows, reduction="none")
 
 
 def labelled(hard: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,14 +79,37 @@ def batch_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
     return values.sum() / len(values)
 
 
+def squared_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """``1/B Σ_b ‖s_b - t_b‖²`` in full precision for features ``[B, …]``; no gradient reaches the teacher's."""
+    return F.mse_loss(full_precision(ours), frozen(theirs), reduction="sum") / len(ours)
+
+
 def exact(tensor: Tensor) -> torch.autocast:
     """A context without autocast on the tensor's device, for sums and products that bfloat16 would spoil."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+class _Unit(torch.autograd.Function):
+    """``u = x / |x|`` along the last axis with its gradient ``(g - ⟨g, u⟩ u) / |x|``: half the passes of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True).clamp_(min=1e-12)
+        vectors = tensor / lengths
+        ctx.save_for_backward(vectors, lengths)
+        return vectors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        vectors, lengths = ctx.saved_tensors
+        along = (grad * vectors).sum(-1, keepdim=True)
+        return torch.addcmul(grad, vectors, along, value=-1).div_(lengths)
+
+
 def unit(tensor: Tensor) -> Tensor:
     """Vectors along the last axis in full precision and of length 1 (0 where shorter than 1e-12)."""
-    return F.normalize(full_precision(tensor), dim=-1)
+    return _Unit.apply(full_precision(tensor))
 
 
 class _GramDifference(torch.autograd.Function):
@@ -85,7 +120,8 @@ class _GramDifference(torch.autograd.Function):
         delta = torch.bmm(teacher, teacher.transpose(1, 2))  # [G, R, R]
         delta.baddbmm_(student, student.transpose(1, 2), alpha=-1)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.bmm(delta, student).mul_(-4 / delta.numel()))
+            ctx.save_for_backward(torch.bmm(delta, student))
+            ctx.factor = -4 / delta.numel()
         flat = delta.flatten()
         return flat.dot(flat) / len(flat)
 
@@ -93,7 +129,7 @@ class _GramDifference(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad, None
+        return gradient * (ctx.factor * grad), None
 
 
 def gram_difference(student: Tensor, teacher: Tensor) -> Tensor:

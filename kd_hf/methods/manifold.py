@@ -116,7 +116,8 @@ class Manifold(Method):
 
     def _rows(self, feature: Tensor) -> Tensor:
         """A block's output ``[B, N, D]`` as unit tokens, aligned and merged."""
-        tokens = feature[:, -self.tokens :]
+        # a slice of everything would still be copied by the backward pass
+        tokens = feature if feature.shape[1] == self.tokens else feature[:, -self.tokens :]
         return unit(merge_patches(tokens, self.merged) if self.merged else tokens)
 
 
@@ -185,7 +186,7 @@ def relations(student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
         [
             gram_difference(student.transpose(0, 1), teacher.transpose(0, 1)),
             gram_difference(student, teacher),
-            gram_difference(student.flatten(0, 1)[None, chosen], teacher.flatten(0, 1)[None, chosen]),
+            gram_difference(*(side.flatten(0, 1).index_select(0, chosen)[None] for side in (student, teacher))),
         ]
     )
 

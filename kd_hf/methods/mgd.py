@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kd_hf.data.draws import Draws
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import batch_mean, frozen, full_precision
+from kd_hf.methods.losses import squared_distance
 from kd_hf.methods.projectors import Generator, kernel_macs
 from kd_hf.models.info import ModelInfo, Shapes
 
@@ -78,9 +78,7 @@ class MGD(Method):
         assert teacher is not None
         aligned = self.align(student.taps["feature"])  # [B, C_t, H, W]
         kept = draws["mask"] >= self.cfg.mask_ratio
-        generated = full_precision(self.generation(aligned * kept))
-        errors = (generated - frozen(teacher.taps["feature"])).square()
-        return {"generation": batch_mean(errors.flatten(1).sum(1))}
+        return {"generation": squared_distance(self.generation(aligned * kept), teacher.taps["feature"])}
 
     def cost(self) -> Cost:
         """Own parameters, and the multiply–accumulates of the convolutions at the teacher's resolution."""

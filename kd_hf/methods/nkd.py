@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import batch_mean, frozen, full_precision, labelled, rest_cross_entropy, without
+from kd_hf.methods.losses import cross_entropy, frozen, full_precision, labelled, tempered, without
 from kd_hf.models.info import ModelInfo
 
 
@@ -54,12 +53,13 @@ class NKD(Method):
         """Return ``{"target": scalar, "nontarget": scalar}``, γ included."""
         assert teacher is not None
         logits, reference = full_precision(student.logits), frozen(teacher.logits)
-        label, known = labelled(target.hard)
-        confidence = reference.softmax(1).gather(1, label[:, None])[:, 0]
         temperature = self.cfg.temperature
-        rows = without(reference / temperature, label[:, None]).softmax(1)
-        others = rest_cross_entropy(logits / temperature, label[:, None], rows)
+        label, known = labelled(target.hard)
+        label = label[:, None]
+        confidence = reference.softmax(1).gather(1, label)
+        rows = without(tempered(reference, temperature), label).softmax(1)
+        others = without(tempered(logits, temperature), label).log_softmax(1)
         return {
-            "target": batch_mean(confidence * F.cross_entropy(logits, label, reduction="none"), known),
-            "nontarget": self.cfg.gamma * temperature**2 * batch_mean(others, known),
+            "target": cross_entropy(logits.log_softmax(1).gather(1, label), confidence, counted=known),
+            "nontarget": cross_entropy(others, rows, self.cfg.gamma * temperature**2, known),
         }

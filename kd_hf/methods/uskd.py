@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target
-from kd_hf.methods.losses import batch_mean, full_precision, rest_cross_entropy
+from kd_hf.methods.losses import cross_entropy, full_precision, without
 from kd_hf.models.info import ModelInfo, Shapes
 
 # fixed in the published loss, whatever the task loss does
@@ -96,13 +95,15 @@ class USKD(Method):
         classes = _targets(target, rows, draws)  # [B, J]
         values = rows.gather(1, classes)
 
-        log_p = F.log_softmax(logits, dim=1)
-        zipf = self._zipf(weak.detach(), log_p.detach(), classes)
+        log_p, log_sigma = logits.log_softmax(1), weak.log_softmax(1)
+        picked = log_p.gather(1, classes)
+        weights = _target_weights(picked.detach(), values, known)
+        zipf = self._zipf(log_sigma.detach(), log_p.detach(), classes)
         smoothed = (1 - SMOOTHING) * rows + SMOOTHING / logits.shape[1]
         return {
-            "target": self.cfg.alpha * batch_mean(_target_part(log_p.gather(1, classes), values, known), known),
-            "nontarget": self.cfg.beta * batch_mean(rest_cross_entropy(logits, classes, zipf), known),
-            "weak": self.cfg.mu * batch_mean(F.cross_entropy(weak, smoothed, reduction="none"), known),
+            "target": cross_entropy(picked, weights, self.cfg.alpha, known),
+            "nontarget": cross_entropy(without(logits, classes).log_softmax(1), zipf, self.cfg.beta, known),
+            "weak": cross_entropy(log_sigma, smoothed, self.cfg.mu, known),
         }
 
     def cost(self) -> Cost:
@@ -118,10 +119,10 @@ class USKD(Method):
             return feature
         return feature[:, 0] if self.role == CLASS_TOKEN else feature.mean(1)
 
-    def _zipf(self, weak: Tensor, log_p: Tensor, classes: Tensor) -> Tensor:
+    def _zipf(self, log_sigma: Tensor, log_p: Tensor, classes: Tensor) -> Tensor:
         """Soft labels ``[B, K]`` from the ranking: 1 / rank, 0 at the targets, rows that sum to 1."""
         strong = log_p.exp() if self.cfg.rank == "softmax" else log_p
-        score = _share_of_rest(weak.softmax(1), classes) + _share_of_rest(strong, classes)
+        score = _share_of_rest(log_sigma.exp(), classes) + _share_of_rest(strong, classes)
         order = score.argsort(dim=1, descending=True, stable=True)
         inverse = 1 / torch.arange(1, score.shape[1] + 1, device=score.device, dtype=score.dtype)
         zipf = torch.empty_like(score).scatter_(1, order, inverse.expand_as(score)).scatter_(1, classes, 0.0)
@@ -160,12 +161,11 @@ def _targets(target: Target, rows: Tensor, draws: Mapping[str, Tensor]) -> Tenso
     return torch.cat([first, second], dim=1)
 
 
-def _target_part(log_p: Tensor, values: Tensor, known: Tensor) -> Tensor:
-    """``-Σ_j V_j log p_j`` per sample, from log-probabilities and label values ``[B, J]`` of the targets."""
-    squares = log_p.detach().exp().square()
+def _target_weights(log_p: Tensor, values: Tensor, known: Tensor) -> Tensor:
+    """V ``[B, J]`` from log-probabilities and label values ``[B, J]`` of the targets."""
+    squares = log_p.exp().square()
     mean = (squares * known[:, None]).sum(0) / known.sum().clamp(min=1)
-    weights = (squares + values - mean).masked_fill(values == 0, 0.0)
-    return -(weights * log_p).sum(1)
+    return (squares + values - mean).masked_fill(values == 0, 0.0)
 
 
 def _share_of_rest(scores: Tensor, classes: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd_hf.data.draws import Draws
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import batch_mean, frozen, full_precision
+from kd_hf.methods.losses import batch_mean, frozen, full_precision, squared_distance
 from kd_hf.methods.manifold import block_taps
 from kd_hf.methods.projectors import Generator, align_tokens, kernel_macs
 from kd_hf.models.info import ModelInfo, Shapes
@@ -91,15 +91,15 @@ class ViTKD(Method):
         """Return ``{"mimic": scalar, "generation": scalar}``, factors included."""
         assert teacher is not None
         mimic = [
-            self._distances(align(self._patches(student.taps[role])), self._patches(teacher.taps[role]))
+            squared_distance(align(self._patches(student.taps[role])), self._patches(teacher.taps[role]))
             for role, align in zip(self.low, self.align_low, strict=True)
         ]
         masked = self._masked(draws["noise"])
         generated = self._generate(self.align_high(student.taps[HIGH]), masked)
-        rebuilt = self._distances(generated, teacher.taps[HIGH]) * masked
+        errors = (full_precision(generated) - frozen(teacher.taps[HIGH])).square().sum(2) * masked  # [B, M]
         return {
-            "mimic": self.cfg.alpha * batch_mean(torch.stack(mimic).sum((0, 2))),
-            "generation": self.cfg.beta / self.cfg.mask_ratio * batch_mean(rebuilt.sum(1)),
+            "mimic": self.cfg.alpha * torch.stack(mimic).sum(),
+            "generation": self.cfg.beta / self.cfg.mask_ratio * batch_mean(errors.sum(1)),
         }
 
     def cost(self) -> Cost:
@@ -109,11 +109,6 @@ class ViTKD(Method):
     def _patches(self, tokens: Tensor) -> Tensor:
         """A block's output ``[B, N, D]`` without the prefix tokens: ``[B, M, D]``."""
         return tokens[:, -self.tokens :]
-
-    @staticmethod
-    def _distances(ours: Tensor, theirs: Tensor) -> Tensor:
-        """Squared distance of each token to the teacher's: ``[B, M]``."""
-        return (full_precision(ours) - frozen(theirs)).square().sum(2)
 
     def _masked(self, noise: Tensor) -> Tensor:
         """True ``[B, M]`` where a token is replaced."""

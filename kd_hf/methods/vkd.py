@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
 from kd_hf.methods.features import patch_role, pooled, width
-from kd_hf.methods.losses import batch_mean, frozen, full_precision
+from kd_hf.methods.losses import batch_mean, divergence, frozen, full_precision
 from kd_hf.methods.orthogonal import Map, OrthogonalProjection
 from kd_hf.models.info import ModelInfo, Shapes
 from kd_hf.models.parts import final_tap
@@ -135,9 +135,8 @@ class VkD(Method):
             losses["feature"] = self.cfg.alpha * self._feature(self.projector, student, teacher)
         if self.cfg.gamma > 0:
             logits = student.logits if student.dist_logits is None else student.dist_logits
-            ours = F.log_softmax(full_precision(logits), 1)
-            theirs = F.log_softmax(frozen(teacher.logits), 1)
-            losses["logits"] = self.cfg.gamma * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+            ours, theirs = full_precision(logits).log_softmax(1), frozen(teacher.logits).log_softmax(1)
+            losses["logits"] = divergence(ours, theirs, self.cfg.gamma)
         return losses
 
     def _feature(self, projector: OrthogonalProjection, student: Outputs, teacher: Outputs) -> Tensor:

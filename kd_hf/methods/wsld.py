@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import batch_mean, frozen, full_precision, labelled, soft_cross_entropy
+from kd_hf.methods.losses import cross_entropy, frozen, full_precision, labelled, tempered
 from kd_hf.models.info import ModelInfo
 
 # keeps the quotient finite for a teacher that is certain; part of the published formula
@@ -59,4 +59,7 @@ class WSLD(Method):
         ours = F.cross_entropy(logits.detach(), label, reduction="none")
         theirs = F.cross_entropy(reference, label, reduction="none")
         weights = -torch.expm1(-(ours / (theirs + TEACHER_LOSS_FLOOR)).clamp(min=0))
-        return {"soft": batch_mean(weights * soft_cross_entropy(logits, reference, self.cfg.temperature), known)}
+        temperature = self.cfg.temperature
+        log_p = tempered(logits, temperature).log_softmax(1)
+        rows = tempered(reference, temperature).softmax(1) * weights[:, None]
+        return {"soft": cross_entropy(log_p, rows, temperature**2, known)}

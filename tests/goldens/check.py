@@ -20,10 +20,14 @@ from kd_hf.models.info import Shapes
 from tests.goldens.layouts import IGNORED, LAYOUTS, Layout, Output, layout_of
 
 LIMIT = 1e-9
+# kinds of files that are no method of the classification trainer
+DETECTION = ("deform_attn", "vidt", "vidt_criterion", "vidt_kd")
 # Values this small are differences of numbers near 1, so their own size says nothing about rounding.
 FLOOR = 1e-6
 # A gradient that cancels (of a bias before BatchNorm) is recorded as the rounding of its summands.
 NOISE = 1e-13
+# What rounding to float32 changes, relative to a number.
+SINGLE = 2.0**-24
 
 
 class Mismatch(Exception):
@@ -56,11 +60,12 @@ def failed(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Golden:
-    """A recorded file."""
+    """A recorded file; the tensors named in `single` were stored with the precision of float32."""
 
     method: str
     hparams: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    single: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, file: Path) -> Golden:
@@ -70,7 +75,8 @@ class Golden:
             tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
         method = metadata.get("method", file.parent.name)
         wide = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
-        return cls(method, json.loads(metadata.get("hparams", "{}")), wide)
+        single = frozenset(key for key, value in tensors.items() if value.dtype == torch.float32)
+        return cls(method, json.loads(metadata.get("hparams", "{}")), wide, single)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """Tensors below a prefix such as ``in/``, by the rest of their names."""
@@ -243,13 +249,18 @@ def load(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
         raise Mismatch(" ".join(str(error).split())) from error
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference over the largest recorded magnitude; infinite when shapes differ or NaN."""
+def relative_error(ours: Tensor, theirs: Tensor, rounding: float = 0.0) -> float:
+    """Largest absolute difference over the largest recorded magnitude; infinite when shapes differ or NaN.
+
+    `rounding` is what storing may have changed, relative to each number; as much is not counted.
+    """
     if ours.shape != theirs.shape:
         return float("inf")
+    ours, theirs = ours.double(), theirs.double()
     if max(ours.abs().max(), theirs.abs().max()) < NOISE:
         return 0.0
-    error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=FLOOR)).item()
+    difference = ((ours - theirs).abs() - rounding * theirs.abs()).clamp(min=0)
+    error = (difference.max() / theirs.abs().max().clamp(min=FLOOR)).item()
     return error if error == error else float("inf")
 
 
@@ -261,12 +272,15 @@ def compare(case: Case) -> dict[str, float]:
         run = case.run(output.options) if output.options else base
         errors[f"out/{name}"] = relative_error(run.value(output).detach(), golden.tensors[f"out/{name}"])
     for name, value in base.values.items():
-        if f"out/{name}" in golden.tensors:
-            errors[f"out/{name}"] = relative_error(value, golden.tensors[f"out/{name}"])
+        for key in (name, f"out/{name}"):
+            if key in golden.tensors:
+                errors[key] = relative_error(value, golden.tensors[key], SINGLE * (key in golden.single))
     if "out/loss" not in errors:
         raise Mismatch("the file holds no out/loss")
-    base.value(Output(weighted=True)).backward()
-    for name, gradient in golden.group("grad/").items():
+    gradients = golden.group("grad/")
+    if gradients:
+        base.value(Output(weighted=True)).backward()
+    for name, gradient in gradients.items():
         leaf = base.leaves.get(name)
         if leaf is None:
             raise Mismatch(f"grad/{name} has no counterpart")
@@ -277,6 +291,10 @@ def compare(case: Case) -> dict[str, float]:
 
 def open_case(golden: Golden) -> Case:
     """The case of a file: input tensors, or images through networks. Raises NotCovered."""
+    if golden.method in DETECTION:
+        from tests.goldens.cases_detection import open_detection
+
+        return open_detection(golden)
     if golden.method not in method_names():
         raise NotCovered("not understood: no such method")
     if golden.method not in LAYOUTS:

@@ -27,11 +27,12 @@ from tests.hub.store import LFS_SIZE, LFS_SUFFIXES, Store, file_entry
 
 @dataclass(frozen=True)
 class User:
-    """Whose token it is, where they may write and read in private, and which gated terms they accepted."""
+    """Whose token it is, where they may write and read in private, which gated terms they accepted; `writes` or not."""
 
     name: str
     orgs: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
+    writes: bool = True
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Fault:
 
     Kinds: ``status`` answers `status` (with `retry_after` seconds); ``drop`` closes the connection in the middle of
     the body; ``short`` sends half of it as if that were all; ``corrupt`` sends other bytes of the same length;
-    ``slow`` sends it in pieces over `seconds`.
+    ``slow`` sends it in pieces over `seconds`; ``hang_up`` closes the connection before all of the request is there.
     """
 
     kind: str
@@ -172,6 +173,7 @@ ROUTES = (
     (rf"POST {_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
     (rf"POST {_API}/preupload/(?P<revision>[^/]+)", "preupload"),
     (rf"POST {_API}/commit/(?P<revision>[^/]+)", "commit"),
+    (rf"GET {_API}/auth-check/write", "auth_check"),
     (rf"POST {_API}/branch/(?P<ref>[^/]+)", "branch"),
     (rf"POST {_API}/tag/(?P<revision>[^/]+)", "tag"),
     (rf"POST {_FILES}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -185,6 +187,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request: find the route, answer or refuse, let faults spoil it, log it."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: HubServer
 
     def log_message(self, *args: Any) -> None:
@@ -192,8 +195,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         """Answer whatever the method is."""
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        size = int(self.headers.get("Content-Length") or 0)
         fault = self.server.take_fault(f"{self.command} {self.path} {self.headers.get('Range', '')}")
+        if fault is not None and fault.kind == "hang_up":
+            self.rfile.read(size // 2)
+            self._hang_up()
+            return
+        self.body = self.rfile.read(size)
         if fault is not None and fault.kind == "status":
             wait = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
             answer = Answer(fault.status, b'{"error": "on demand"}', wait)
@@ -239,8 +247,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[start : min(sent, start + step)])
         if kind == "drop":
             self.wfile.flush()
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _json(self, value: Any) -> Answer:
         return Answer(body=json.dumps(value).encode(), headers={"Content-Type": "application/json"})
@@ -272,9 +283,10 @@ class Handler(BaseHTTPRequestHandler):
         return repo
 
     def _demand_write(self, name: str) -> None:
-        if self._user() is None:
+        user = self._user()
+        if user is None:
             raise Refusal(401, "", "Invalid username or password.")
-        if not self._member(name):
+        if not self._member(name) or not user.writes:
             raise Refusal(403, "", f"You don't have the rights to write to {name}")
 
     def _demand_terms(self, kind: str, name: str, repo: dict[str, Any]) -> None:
@@ -339,8 +351,15 @@ class Handler(BaseHTTPRequestHandler):
         }
         return self._json({**listed, "converts": []})
 
+    def _auth_check(self, kind: str, name: str) -> Answer:
+        self._repo(kind, name)
+        self._demand_write(name)
+        return self._json({})
+
     def _branch(self, kind: str, name: str, ref: str) -> Answer:
         self._demand_write(name)
+        if ref in self._repo(kind, name)["branches"]:
+            raise Refusal(409, "", f"Reference already exists: {ref}")
         start = self._commit_of(kind, name, self.payload.get("startingPoint") or "main")
         self.server.store.point(kind, name, "branches", ref, start)
         return self._json({})
@@ -434,7 +453,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(400, "", f"{value['path']}: its content was not uploaded")
             files[value["path"]] = file_entry(value["oid"], store.blob(value["oid"]).read_bytes(), lfs=True)
         elif key == "deletedFile":
-            files.pop(value["path"], None)
+            if files.pop(value["path"], None) is None:
+                raise Refusal(404, "EntryNotFound", "A file with this name doesn't exist")
         elif key == "deletedFolder":
             for path in [path for path in files if path.startswith(f"{value['path'].rstrip('/')}/")]:
                 del files[path]

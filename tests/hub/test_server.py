@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -229,3 +230,42 @@ def test_a_wrong_checksum_is_refused(hub):
     connection.request("PUT", f"/lfs/{'0' * 64}", body=b"something")
     assert connection.getresponse().status == 400
     connection.close()
+
+
+def test_who_may_write(hub, repo):
+    api(hub).auth_check(repo, write=True)
+    hub.users["hf_read"] = User("ann", orgs=("org",), writes=False)
+    for token in ("hf_read", "hf_bob"):
+        for request in (lambda client: client.auth_check(repo, write=True), lambda client: client.create_repo("org/x")):
+            with pytest.raises(HfHubHTTPError) as caught:
+                request(api(hub, token))
+            assert caught.value.response.status_code == 403
+    assert download(hub, repo, "small.txt", token="hf_read") == b"one"
+
+
+def test_a_branch_is_made_once(hub, repo):
+    client = api(hub)
+    client.create_branch(repo, branch="try")
+    done = client.upload_file(path_or_fileobj=b"two", path_in_repo="small.txt", repo_id=repo, revision="try").oid
+    with pytest.raises(HfHubHTTPError) as caught:
+        client.create_branch(repo, branch="try")
+    assert caught.value.response.status_code == 409
+    client.create_branch(repo, branch="try", exist_ok=True)
+    assert client.model_info(repo, revision="try").sha == done
+
+
+def test_what_is_not_there_cannot_be_deleted(hub, repo):
+    before = api(hub).model_info(repo).sha
+    with pytest.raises(EntryNotFoundError):
+        api(hub).create_commit(repo, [CommitOperationDelete("none.txt")], commit_message="delete")
+    assert api(hub).model_info(repo).sha == before
+
+
+def test_an_upload_that_is_cut_off_does_nothing(hub, repo):
+    hub.fail("hang_up", "^POST .*/commit/")
+    upload = {"path_or_fileobj": b"two", "path_in_repo": "small.txt", "repo_id": repo}
+    with pytest.raises(HTTPError):
+        api(hub).upload_file(**upload)
+    assert download(hub, repo, "small.txt") == b"one"
+    api(hub).upload_file(**upload)
+    assert download(hub, repo, "small.txt") == b"two"

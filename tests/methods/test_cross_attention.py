@@ -131,3 +131,10 @@ def test_mimicking_is_the_squared_distance_of_unit_vectors():
     zero = torch.zeros(1, 1, 5, requires_grad=True)
     mimicking(without_mean(zero), torch.zeros(1, 1, 5)).sum().backward()
     assert torch.isfinite(zero.grad).all()
+
+
+def test_mimicking_is_not_rounded_by_autocast():
+    ours, theirs = torch.randn(2, 15, 64), F.normalize(torch.randn(2, 15, 64), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mimicking(ours, theirs)
+    assert torch.equal(found, mimicking(ours, theirs))

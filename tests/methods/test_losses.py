@@ -5,12 +5,15 @@ import torch
 
 from kd_hf.methods.losses import (
     batch_mean,
+    cross_entropy,
+    divergence,
     exact,
     frozen,
     full_precision,
     gram_difference,
     labelled,
-    rest_cross_entropy,
+    squared_distance,
+    tempered,
     unit,
     without,
 )
@@ -18,25 +21,43 @@ from tests.methods.build import logits
 
 
 @pytest.mark.parametrize("removed", [[[0], [3], [6]], [[0, 1], [3, 5], [6, 2]]])
-def test_rest_cross_entropy_equals_softmax_over_the_remaining_columns(removed):
+def test_removed_classes_leave_the_softmax_over_the_remaining_columns(removed):
     values, other = logits(3), logits(3, seed=1)
-    classes = torch.tensor(removed)
-    rows = without(other, classes).softmax(1)
-    expected = []
+    log_p, log_q = (without(each, torch.tensor(removed)).log_softmax(1) for each in (values, other))
+    crossed, diverged = [], []
     for value, reference, gone in zip(values, other, removed, strict=True):
         keep = [k for k in range(7) if k not in gone]
-        expected.append(-(reference[keep].softmax(0) * value[keep].log_softmax(0)).sum())
-    torch.testing.assert_close(rest_cross_entropy(values, classes, rows), torch.stack(expected), rtol=1e-12, atol=0)
+        q, log_ratio = reference[keep].softmax(0), reference[keep].log_softmax(0) - value[keep].log_softmax(0)
+        crossed.append(-(q * value[keep].log_softmax(0)).sum())
+        diverged.append((q * log_ratio).sum())
+    for found, expected in ((cross_entropy(log_p, log_q.exp()), crossed), (divergence(log_p, log_q), diverged)):
+        torch.testing.assert_close(found, torch.stack(expected).mean(), rtol=1e-12, atol=0)
 
 
-def test_rest_cross_entropy_is_exact_where_the_removed_class_takes_all_probability():
+def test_the_rest_is_exact_where_the_removed_class_takes_all_probability():
     values = torch.tensor([[200.0, 1.0, 0.0]], requires_grad=True)
-    rows = torch.tensor([[0.0, 0.5, 0.5]])
-    loss = rest_cross_entropy(values, torch.tensor([[0]]), rows)
-    loss.sum().backward()
-    torch.testing.assert_close(loss, -torch.tensor([1.0, 0.0]).log_softmax(0).mean()[None])
+    loss = cross_entropy(without(values, torch.tensor([[0]])).log_softmax(1), torch.tensor([[0.0, 0.5, 0.5]]))
+    loss.backward()
+    torch.testing.assert_close(loss, -torch.tensor([1.0, 0.0]).log_softmax(0).mean())
     assert values.grad[0, 0] == 0
     assert torch.isfinite(values.grad).all()
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, divergence])
+def test_factors_scale_and_samples_not_counted_stay_in_the_divisor(loss):
+    def parts():
+        return logits(4).log_softmax(1), logits(4, seed=1).softmax(1) if loss is cross_entropy else logits(4, seed=1)
+
+    whole, half = loss(*parts()), loss(*(part[:2] for part in parts()))
+    torch.testing.assert_close(loss(*parts(), 3.0), 3 * whole)
+    counted = torch.tensor([True, True, False, False])
+    torch.testing.assert_close(loss(*parts(), counted=counted), half / 2)
+
+
+def test_a_temperature_divides_and_one_leaves_the_logits_as_they_are():
+    values = logits()
+    assert torch.equal(tempered(values, 4.0), values / 4)
+    assert tempered(values, 1.0) is values
 
 
 def test_precision_is_raised_and_never_lowered():
@@ -106,3 +127,24 @@ def test_unit_vectors_have_length_one_and_zero_stays_zero():
     vectors = unit(tokens)
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors.norm(dim=2), torch.tensor([1.0] * 5 + [0.0]).expand(3, 6))
+
+
+@pytest.mark.parametrize("rows", [rows(), rows() * 1e-3])
+def test_gradient_of_unit_vectors(rows):
+    ours, expected = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    pull = torch.randn(rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(3))
+    (unit(ours) * pull).sum().backward()
+    (torch.nn.functional.normalize(expected, dim=-1) * pull).sum().backward()
+    torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-12, atol=1e-13)
+    nothing = torch.zeros(1, 4, requires_grad=True)
+    unit(nothing).sum().backward()
+    assert torch.isfinite(nothing.grad).all()
+
+
+def test_squared_distance_sums_over_a_sample_and_gives_the_teacher_no_gradient():
+    ours, theirs = rows().requires_grad_(), rows(seed=1).requires_grad_()
+    loss = squared_distance(ours, theirs)
+    torch.testing.assert_close(loss, (ours - theirs).square().sum((1, 2)).mean())
+    loss.backward()
+    assert theirs.grad is None
+    assert squared_distance(ours.bfloat16(), theirs.bfloat16()).dtype == torch.float32

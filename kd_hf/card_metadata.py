@@ -1,0 +1,147 @@
+"""The machine-readable half of a model card: its front matter, and results for leaderboards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_hf.lineage import (
+    commit_of,
+    dataset_id,
+    dataset_kind,
+    distilling,
+    exported_metrics,
+    hub_id,
+    losses_of,
+    network_name,
+    shown_path,
+    weight_text,
+)
+from kd_hf.recipe import recipe_hash
+from kd_hf.record import RunRecord
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+_TASK = "image-classification"
+_LABELS = {
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "mean_class_top1": "mean-class top-1 %",
+    "agreement": "agreement %",
+    "nll": "NLL",
+    "ece": "ECE %",
+    "brier": "Brier",
+    "kl": "KL",
+    "cka": "CKA",
+}
+_ACCURACIES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+BESIDE = {"raw": "its weights without averaging", "ema": "its averaged weights"}
+
+
+def card_data(record: RunRecord, repo_id: str | None = None) -> ModelCardData:
+    """The front matter, as ``huggingface_hub.ModelCardData``."""
+    from huggingface_hub import ModelCardData
+
+    recipe, methods = record.recipe, distilling(record.recipe)
+    dataset, results = dataset_id(record), _eval_results(record)
+    bases = dict.fromkeys(hub_id(record, name) for name in ("student", *recipe.all_teachers()))
+    distilled = ["knowledge-distillation"] if recipe.all_teachers() or methods else []
+    return ModelCardData(
+        library_name=_library(record.student),
+        pipeline_tag=_TASK,
+        license=recipe.hub.license,
+        datasets=[dataset] if dataset else None,
+        base_model=[base for base in bases if base] or None,
+        tags=[_TASK, *distilled, "kd_hf", *methods, *recipe.hub.tags],
+        metrics=["accuracy"] if any(result.metric_type == "accuracy" for result in results) else None,
+        model_name=(repo_id or record.name).rpartition("/")[2],
+        eval_results=results or None,
+        distillation=_distillation(record),
+    )
+
+
+def _distillation(record: RunRecord) -> dict[str, Any]:
+    """The front matter's own block: which teachers at which commits, by which methods, by which recipe."""
+    teachers = []
+    for name in record.recipe.all_teachers():
+        trained = record.trained_teacher(name)
+        facts = {
+            "name": name,
+            "model": hub_id(record, name) or network_name(record, name),
+            "revision": commit_of(record, name),
+            "recipe": recipe_hash(trained.recipe) if trained else None,
+        }
+        teachers.append({key: value for key, value in facts.items() if value})
+    weights = {name: weight for name, (_, weight) in losses_of(record.recipe).items()}
+    return {
+        "teachers": teachers,
+        "methods": {name: value if isinstance(value, float) else weight_text(value) for name, value in weights.items()},
+        "recipe": recipe_hash(record.recipe),
+        "versions": dict(record.start.get("versions", {})),
+    }
+
+
+def _eval_results(record: RunRecord) -> list[EvalResult]:
+    """Results for the front matter's ``model-index``; accuracies from 0 to 1, as the Hub's metric of that name."""
+    from huggingface_hub import EvalResult
+
+    data, hub = record.recipe.data, dataset_id(record)
+    results = []
+    for key, value in student_metrics(record, exported_metrics(record)).items():
+        accuracy = key in _ACCURACIES
+        results.append(
+            EvalResult(
+                task_type=_TASK,
+                dataset_type=dataset_kind(record),
+                dataset_name=shown_path(data.path),
+                dataset_config=data.name if hub else None,
+                dataset_split=data.eval_split,
+                dataset_revision=data.revision if hub else None,
+                metric_type="accuracy" if accuracy else key,
+                metric_name=_ACCURACIES.get(key) or label_of(key),
+                metric_value=round(value / 100 if accuracy else value, 6),
+            )
+        )
+    return results
+
+
+def result_entries(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
+    """Files of ``.eval_results/`` by name, for leaderboards: only of a whole split of a data set on the Hub."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    data, metrics, dataset = record.recipe.data, exported_metrics(record), dataset_id(record)
+    if dataset is None or "top1" not in metrics or record.recipe.eval.max_samples is not None:
+        return {}
+    entry = EvalResultEntry(
+        dataset_id=dataset,
+        task_id=data.name or "default",
+        value=round(metrics["top1"], 4),
+        dataset_revision=data.revision,
+        notes=f"top-1 accuracy in percent, split {data.eval_split}, {metrics.get('samples', 0):.0f} images",
+    )
+    return {f"{dataset.rpartition('/')[2]}.yaml": eval_result_entries_to_yaml([entry])}
+
+
+def _library(student: Path) -> str:
+    """The library that the Hub names for a layout; both read timm's."""
+    config = read_config(student)
+    return "timm" if "pretrained_cfg" in config else "transformers" if "model_type" in config else "pytorch"
+
+
+def read_config(student: Path) -> dict[str, Any]:
+    """The artefact's config.json."""
+    return json.loads((student / "config.json").read_text(encoding="utf-8"))
+
+
+def student_metrics(record: RunRecord, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of the metrics that are the student's own, without the number of samples."""
+    others = tuple(f"{name}_" for name in (*record.recipe.all_teachers(), *BESIDE))
+    return {key: value for key, value in metrics.items() if not key.startswith(others) and key != "samples"}
+
+
+def label_of(key: str) -> str:
+    """A metric's name for people; those in percent end with the sign."""
+    return _LABELS.get(key, key.replace("_", " "))

@@ -1,0 +1,441 @@
+"""Compare runs: ``python -m kd_hf.compare RUN [RUN …] [--markdown] [--json FILE] [--plot FILE] [--metric eval_top1]``.
+
+Prints a table of the runs, the recipe keys in which they differ, and, where finished runs differ in nothing but
+`train.seed`, mean ± standard deviation over the seeds. A run's value of the metric is that of the weights it exported:
+the best evaluation's under `load_best_model_at_end`, else the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_hf.errors import UserError, nearest, run_command
+
+if TYPE_CHECKING:
+    from kd_hf.record import RunRecord
+
+_LOWER_IS_BETTER = ("loss", "nll", "ece", "brier", "kl")  # loss parts, `<block>/<part>`, too
+_UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run and what a comparison reads from it.
+
+    Args:
+        record: the run.
+        name: what tells it from the others.
+        metric: key of the log that is compared.
+    """
+
+    record: RunRecord
+    name: str
+    metric: str
+
+    @property
+    def series(self) -> list[tuple[int, float]]:
+        """(step, value) of the metric."""
+        return self.record.series(self.metric)
+
+    @property
+    def best(self) -> float | None:
+        """The best value of the metric at any step."""
+        choose = min if lower_is_better(self.metric) else max
+        return choose((value for _, value in self.series), default=None)
+
+    @property
+    def last(self) -> float | None:
+        """The newest value of the metric."""
+        return self.series[-1][1] if self.series else None
+
+    @property
+    def value(self) -> float | None:
+        """The metric of the exported weights."""
+        return exported_value(self.record, self.metric)
+
+    @property
+    def plain(self) -> float | None:
+        """The same of the plain student, trained beside this one or, for top-1, given in the recipe.
+
+        None for a loss: its parts are not those of the distilled student's.
+        """
+        if not self.metric.startswith("eval_"):
+            return None
+        if self.record.plain is not None:
+            return exported_value(self.record.plain, self.metric)
+        return self.record.plain_top1 if self.metric == "eval_top1" else None
+
+    @property
+    def gain(self) -> float | None:
+        """How much better the run's value is than the plain student's; negative when worse."""
+        if self.value is None or self.plain is None:
+            return None
+        return self.plain - self.value if lower_is_better(self.metric) else self.value - self.plain
+
+    @property
+    def step(self) -> int:
+        """The step the log has come to."""
+        return max((line.get("step", 0) for line in self.record.log), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps the recipe asks for; None when the log does not say how long an epoch is."""
+        train, every = self.record.recipe.train, self.record.start.get("steps_per_epoch")
+        return train.max_steps or (max(1, round(train.num_train_epochs * every)) if every else None)
+
+    @cached_property
+    def finished(self) -> bool:
+        """Whether the artefact of this very recipe is there."""
+        from kd_hf.recipe import recipe_hash, trained_hash
+
+        return trained_hash(self.record.student) == recipe_hash(self.record.recipe)
+
+    @cached_property
+    def same_recipe(self) -> str:
+        """A key that runs share when they differ in their seed only."""
+        from kd_hf.recipe import recipe_hash
+
+        recipe = self.record.recipe
+        seedless = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
+        # the hash leaves the batch size per process out, for the sake of resuming on other machines
+        return f"{recipe_hash(seedless)} {self.record.start.get('global_batch')} {recipe.baseline}"
+
+    def facts(self) -> dict[str, Any]:
+        """The row of the table, as plain values; None where nothing is known."""
+        from kd_hf.lineage import distilling, network_name
+
+        recipe, note = self.record.recipe, self.record.networks.get("student")
+        return {
+            "run": self.name,
+            "student": network_name(self.record, "student"),
+            "teacher": ", ".join(network_name(self.record, name) for name in recipe.all_teachers()) or None,
+            "methods": ", ".join(distilling(recipe)) or None,
+            "best": self.best,
+            "last": self.last,
+            "plain": self.plain,
+            "gain": self.gain,
+            "agreement": self.record.last("eval_agreement"),
+            "parameters": note.parameters if note else None,
+            "train_seconds": self.record.last("train_seconds"),
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "finished": self.finished,
+        }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean of a number over runs, and the sample's standard deviation (None for a single run)."""
+
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Spread | None:
+        """The spread of some values; None when one of them is not known."""
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """Finished runs of one recipe with different seeds, and the metric over them."""
+
+    runs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    value: Spread | None
+    plain: Spread | None
+    gain: Spread | None
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a logged number is better: losses and calibration errors."""
+    return "/" in metric or metric.rpartition("_")[2] in _LOWER_IS_BETTER
+
+
+def exported_value(record: RunRecord, metric: str) -> float | None:
+    """A logged number at the step whose weights were exported."""
+    from kd_hf.lineage import exported_step
+
+    best = exported_step(record)
+    values = [value for step, value in record.series(metric) if best is None or step == best]
+    return values[-1] if values else None
+
+
+def read_runs(folders: Sequence[str | Path], metric: str = "eval_top1") -> list[Compared]:
+    """Open runs and see that there is something to compare.
+
+    Args:
+        folders: run folders.
+        metric: a key of their logs, with or without ``eval_``.
+
+    Raises:
+        UserError: no run folder, one without a log, one named twice, or a number that none of them has logged.
+    """
+    from kd_hf.callbacks import LOG
+    from kd_hf.record import RunRecord
+
+    records = [RunRecord.read(folder) for folder in folders]
+    for folder, record in zip(folders, records, strict=True):
+        if not record.log:
+            raise UserError(f"'{folder}' holds no {LOG} yet; start its training first")
+    places = Counter(record.path.resolve() for record in records)
+    if twice := [record for record in records if places[record.path.resolve()] > 1]:
+        raise UserError(f"'{twice[0].path}' is given twice")
+    logged = {key for record in records for line in record.log for key, value in line.items() if _is_number(value)}
+    found = next((key for key in (metric, f"eval_{metric}") if key in logged), None)
+    if found is None:
+        raise UserError(f"--metric: no run has logged '{metric}'.{nearest(metric, logged)}")
+    names = Counter(record.name for record in records)
+    return [Compared(record, record.name if names[record.name] == 1 else str(record.path), found) for record in records]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def difference(runs: Sequence[Compared]) -> dict[str, list[Any]]:
+    """The recipe keys in which runs differ, dotted, with each run's value.
+
+    None stands where a run has no such key; one that only some runs have counts when it is not at its default there.
+    ``train.output_dir`` is left out: the runs are called by it.
+    """
+    recipes = [_flat_recipe(run.record) for run in runs]
+    said = {key for run in runs for key in _flat_recipe(run.record, exclude_defaults=True)}
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe if key != "train.output_dir")
+    rows = {key: [recipe.get(key) for recipe in recipes] for key in keys}
+    return {
+        key: row
+        for key, row in rows.items()
+        if any(value != row[0] for value in row) and (None not in row or key in said)
+    }
+
+
+def _flat_recipe(record: RunRecord, exclude_defaults: bool = False) -> dict[str, Any]:
+    """Dotted names → values, with the weight of every loss even where the recipe leaves it to the paper."""
+    from kd_hf.lineage import losses_of, weight_text
+    from kd_hf.methods import get_method
+    from kd_hf.recipe import flat
+
+    values = record.recipe.model_dump(mode="json", exclude_defaults=exclude_defaults)
+    own = {"until", "teacher", "method"}
+    values["methods"] = {
+        name: {
+            "weight": weight if isinstance(weight, float) else weight_text(weight),
+            **block.model_dump(mode="json", include=own, exclude_defaults=exclude_defaults),
+            **get_method(block.method or name)
+            .Config.model_validate(block.options)
+            .model_dump(mode="json", exclude_defaults=exclude_defaults),
+        }
+        for name, (block, weight) in losses_of(record.recipe).items()
+    }
+    return flat(values)
+
+
+def seed_groups(runs: Iterable[Compared]) -> list[SeedGroup]:
+    """Finished runs gathered by recipe without the seed; empty unless two of them share one."""
+    gathered: dict[str, list[Compared]] = {}
+    for run in runs:
+        if run.finished and run.value is not None:
+            gathered.setdefault(run.same_recipe, []).append(run)
+    if all(len(group) < 2 for group in gathered.values()):
+        return []
+    return [
+        SeedGroup(
+            tuple(run.name for run in group),
+            tuple(run.record.recipe.train.seed for run in group),
+            Spread.of([run.value for run in group]),
+            Spread.of([run.plain for run in group]),
+            Spread.of([run.gain for run in group]),
+        )
+        for group in gathered.values()
+    ]
+
+
+def runs_table(runs: Sequence[Compared]) -> list[list[str]]:
+    """The table of the runs as text, head first; columns in which nothing is known are left out."""
+    metric = runs[0].metric
+    head = {
+        "run": "run",
+        "student": "student",
+        "teacher": "teacher",
+        "methods": "methods",
+        "best": f"best {_label(metric)}",
+        "last": "last",
+        "plain": "plain",
+        "gain": "gain",
+        "agreement": "agreement %",
+        "parameters": "parameters",
+        "train_seconds": "train s",
+        "step": "steps",
+    }
+    rows = []
+    for run in runs:
+        facts = run.facts()
+        shown = {key: facts[key] or "" for key in ("run", "student", "teacher", "methods")}
+        shown |= {key: _number(facts[key], metric) for key in ("best", "last", "plain")}
+        shown |= {"gain": _number(facts["gain"], metric, "+"), "agreement": _number(facts["agreement"], "top1")}
+        shown |= {key: "" if facts[key] is None else f"{facts[key]:,.0f}" for key in ("parameters", "train_seconds")}
+        rows.append({**shown, "step": _progress(run)})
+    kept = [key for key in head if any(row[key] for row in rows)]
+    return [[head[key] for key in kept], *([row[key] or _UNKNOWN for key in kept] for row in rows)]
+
+
+def _progress(run: Compared) -> str:
+    """The steps of a finished run, or how far another one is."""
+    if run.finished:
+        return f"{run.step:,}"
+    return f"{run.step:,} of {run.total_steps:,}" if run.total_steps else f"{run.step:,}, not finished"
+
+
+def difference_table(runs: Sequence[Compared]) -> list[list[str]]:
+    """The recipe keys that differ, a column for each run, head first."""
+    found = difference(runs)
+    rows = [[key, *(_UNKNOWN if value is None else str(value) for value in row)] for key, row in found.items()]
+    return [["recipe", *(run.name for run in runs)], *rows]
+
+
+def seeds_table(runs: Sequence[Compared], groups: Sequence[SeedGroup]) -> list[list[str]]:
+    """Mean ± standard deviation over the seeds of each recipe, head first."""
+    metric = runs[0].metric
+    head = ["finished runs", "seeds", _label(metric), "plain", "gain", "n"]
+    rows = [
+        [
+            ", ".join(group.runs),
+            ", ".join(str(seed) for seed in group.seeds),
+            _spread(group.value, metric),
+            _spread(group.plain, metric),
+            _spread(group.gain, metric, "+"),
+            str(len(group.runs)),
+        ]
+        for group in groups
+    ]
+    return [head, *rows]
+
+
+def _label(metric: str) -> str:
+    from kd_hf.card_metadata import label_of
+
+    return label_of(metric.removeprefix("eval_"))
+
+
+def _number(value: float | None, metric: str, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return format(value, f"{sign}.2f" if _label(metric).endswith("%") else f"{sign}.4g")
+
+
+def _spread(spread: Spread | None, metric: str, sign: str = "") -> str:
+    if spread is None:
+        return _UNKNOWN
+    return _number(spread.mean, metric, sign) + (f" ± {_number(spread.std, metric)}" if spread.std is not None else "")
+
+
+def draw(runs: Sequence[Compared], path: Path) -> None:
+    """Plot the metric over steps; runs that differ in their seed only share a colour.
+
+    Raises:
+        UserError: the file cannot be written, or its name ends in no format that matplotlib knows.
+    """
+    from matplotlib.figure import Figure
+
+    from kd_hf.files import writing
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    ending, kinds = path.suffix.lstrip(".").lower(), figure.canvas.get_supported_filetypes()
+    if ending not in kinds:
+        raise UserError(f"--plot: '{path}' does not end as a picture does.{nearest(ending, kinds)}")
+    axis = figure.subplots()
+    colours = {recipe: f"C{index % 10}" for index, recipe in enumerate(dict.fromkeys(r.same_recipe for r in runs))}
+    marks = Counter[str]()
+    for run in runs:
+        if run.series:
+            mark = "os^Dvx"[marks[colours[run.same_recipe]] % 6]
+            marks[colours[run.same_recipe]] += 1
+            axis.plot(*zip(*run.series, strict=True), f"{mark}-", color=colours[run.same_recipe], label=run.name, ms=4)
+    axis.set(xlabel="step", ylabel=_label(runs[0].metric))
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(temporary, dpi=150)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def compare(runs: Sequence[Compared], markdown: bool = False) -> str:
+    """The tables as text for a terminal or as GitHub Markdown.
+
+    Args:
+        runs: see :func:`read_runs`.
+        markdown: whether to write Markdown.
+    """
+    tables = [(runs_table(runs), 4)]
+    groups = seed_groups(runs)
+    if groups:
+        tables.append((seeds_table(runs, groups), 2))
+    if len(runs) > 1:
+        tables.append((difference_table(runs), 1))
+    texts = ["\n".join(_rendered(rows, left, markdown)) for rows, left in tables if len(rows) > 1]
+    if len(runs) > 1 and len(tables[-1][0]) == 1:
+        texts.append("The recipes do not differ.")
+    return "\n\n".join(texts)
+
+
+def _rendered(rows: Sequence[Sequence[str]], left: int, markdown: bool) -> list[str]:
+    from kd_hf import markdown as md
+    from kd_hf.report import table
+
+    if not markdown:
+        return table(rows)
+    return md.table([rows[0], *([md.plain(cell) for cell in row] for row in rows[1:])], left)
+
+
+def as_json(runs: Sequence[Compared]) -> str:
+    """Everything that is compared, as JSON."""
+    names = [run.name for run in runs]
+    values = {
+        "metric": runs[0].metric,
+        "runs": [run.facts() for run in runs],
+        "seeds": [asdict(group) for group in seed_groups(runs)],
+        "recipe": {key: dict(zip(names, row, strict=True)) for key, row in difference(runs).items()},
+    }
+    return json.dumps(values, indent=1) + "\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the command line, print the tables, write what was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m kd_hf.compare", description="Compare the runs of some folders.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (train.output_dir)")
+    parser.add_argument("--markdown", action="store_true", help="print GitHub tables, e.g. for a paper's ablation")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the metric over steps, e.g. plot.png")
+    parser.add_argument("--metric", default="eval_top1", help="a number of the logs (default: %(default)s)")
+    args = parser.parse_args(argv)
+    runs = read_runs(args.runs, args.metric)
+    if args.plot:
+        draw(runs, args.plot)
+    if args.json:
+        from kd_hf.files import write_text
+
+        write_text(args.json, as_json(runs))
+    print(compare(runs, args.markdown))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,157 @@
+"""What a step learns from: images on the device, labels, random draws, and what the teachers say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from kd_hf.assemble import Assembly
+from kd_hf.data.batch import Batch
+from kd_hf.data.draws import Draws
+from kd_hf.data.loader import train_loader
+from kd_hf.data.source import Source
+from kd_hf.data.views import DeviceStage
+from kd_hf.distill import DistillModule
+from kd_hf.methods.base import Outputs, Target
+from kd_hf.runtime import seed_networks
+from kd_hf.teacher import Teacher
+
+
+@dataclass
+class Lesson:
+    """The arguments of :meth:`kd_hf.distill.DistillModule.forward` for one micro batch."""
+
+    pixels: Tensor
+    teachers: dict[str, Outputs]
+    target: Target
+    draws: dict[str, Mapping[str, Tensor]]
+    active: tuple[str, ...]
+    corrupt: list[int]  # rows of the batch that could not be read
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything in it that lies on the device."""
+        yield self.pixels
+        yield self.target.hard
+        if self.target.soft is not None:
+            yield self.target.soft
+        for outputs in self.teachers.values():
+            yield outputs.logits
+            yield from outputs.taps.values()
+        for drawn in self.draws.values():
+            yield from drawn.values()
+
+
+class Feed:
+    """Lessons in order. On a GPU each is prepared one ahead on a stream of its own, beside the student's work.
+
+    Args:
+        batches: this rank's micro batches.
+        stage: normalises, erases and mixes them on the device.
+        teachers: by name.
+        module: draws random numbers for its methods.
+        active: the losses that count at an optimiser step.
+        accumulation: micro batches of a step.
+        start_step: the step of the first batch.
+        seed: of the run.
+        rank: of this process.
+        device: where the lessons go.
+        ahead: lessons that are prepared before they are asked for; by default one on a GPU.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        stage: DeviceStage,
+        teachers: Mapping[str, Teacher],
+        module: DistillModule,
+        active: Callable[[int], tuple[str, ...]],
+        *,
+        accumulation: int,
+        start_step: int,
+        seed: int,
+        rank: int,
+        device: torch.device,
+        ahead: int | None = None,
+    ) -> None:
+        self.batches, self.stage, self.teachers, self.module, self.active = batches, stage, teachers, module, active
+        self.accumulation, self.seed, self.rank, self.device = accumulation, seed, rank, device
+        self.count = start_step * accumulation
+        self.ahead = ahead if ahead is not None else int(device.type == "cuda")
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waiting: list[Lesson] = []
+
+    def __next__(self) -> Lesson:
+        """The next lesson, ready to be read on the current stream."""
+        while len(self.waiting) < 1 + self.ahead:
+            try:
+                self.waiting.append(self._prepare())
+            except StopIteration:
+                break
+        if not self.waiting:
+            raise StopIteration
+        lesson = self.waiting.pop(0)
+        if self.stream is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(self.stream)
+            for tensor in lesson.tensors():
+                tensor.record_stream(here)  # its memory stays taken until the student's stream has read it
+        return lesson
+
+    def _prepare(self) -> Lesson:
+        batch = next(self.batches)
+        step, micro = divmod(self.count, self.accumulation)
+        self.count += 1
+        with torch.cuda.stream(self.stream):  # None: does nothing
+            batch = batch.to(self.device, non_blocking=True)
+            views, target = self.stage(batch)
+            active = self.active(step)
+            read = {self.module.choices[name].teacher for name in active}  # one that is not read now does not run
+            seed_networks(self.seed, step, micro, self.rank, "teachers")
+            taught = {name: teacher(views[name]) for name, teacher in self.teachers.items() if name in read}
+            draws = self.module.draw(Draws(batch.key), active)
+        return Lesson(views["student"], taught, target, draws, active, batch.corrupt)
+
+
+def open_feed(
+    parts: Assembly,
+    source: Source,
+    teachers: Mapping[str, Teacher],
+    active: Callable[[int], tuple[str, ...]],
+    accelerator: Accelerator,
+    start_step: int,
+    total_steps: int,
+) -> Feed:
+    """This rank's lessons of the optimiser steps ``start_step … total_steps - 1`` of a run."""
+    args, views = parts.recipe.train, parts.views()
+    accumulation = args.gradient_accumulation_steps
+    batches = train_loader(
+        source,
+        parts.recipe.data,
+        views,
+        per_device=args.per_device_train_batch_size,
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+        accumulation=accumulation,
+        seed=args.seed,
+        start_step=start_step,
+        total_steps=total_steps,
+        workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return Feed(
+        iter(batches),
+        DeviceStage(views, parts.student.info.num_classes),
+        teachers,
+        parts.module,
+        active,
+        accumulation=accumulation,
+        start_step=start_step,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        device=accelerator.device,
+    )

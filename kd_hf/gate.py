@@ -1,0 +1,110 @@
+"""The gate: what a teacher must show before the first step is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from kd_hf.config import GateConfig, TrainConfig
+from kd_hf.data.source import Source
+from kd_hf.errors import UserError
+from kd_hf.models.handle import ModelHandle
+from kd_hf.models.info import Preprocessing
+from kd_hf.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate measured: top-1 in percent in the teacher's own preprocessing, and as training feeds it."""
+
+    teacher: str
+    samples: int
+    own: float
+    fed: float
+    own_size: int
+    fed_size: int
+
+    def describe(self) -> str:
+        """One line for the log."""
+        text = f"teacher '{self.teacher}': top-1 {self.own:.1f} on {self.samples} held-out images"
+        if self.fed_size == self.own_size and self.fed == self.own:
+            return text
+        text += f" in its own preprocessing ({self.own_size} px)"
+        return f"{text}, {self.fed:.1f} as training feeds it ({self.fed_size} px)"
+
+    def warning(self) -> str | None:
+        """What to tell the user when the pipeline costs the teacher accuracy; None when it does not."""
+        if self.own - self.fed <= 2.0:
+            return None
+        return (
+            f"teacher '{self.teacher}' loses {self.own - self.fed:.1f} points in the training pipeline: check its "
+            "image_size and preprocessing (mean, std, interpolation) in the recipe"
+        )
+
+    def check(self, gate: GateConfig, classes: int) -> None:
+        """Raise :class:`UserError` when the teacher is below the gate, or no better than guessing."""
+        if gate.min_top1 is not None and self.own < gate.min_top1:
+            raise UserError(
+                f"teacher '{self.teacher}' reaches top-1 {self.own:.1f} on {self.samples} held-out images, below "
+                f"gate.min_top1 = {gate.min_top1:g}; check its weights, preprocessing and label order"
+            )
+        chance = 100.0 / classes
+        # three standard errors above guessing, in percent
+        spread = 3.0 * (chance * (100.0 - chance) / max(1, self.samples)) ** 0.5
+        if gate.min_top1 is None and self.own <= chance + spread:
+            raise UserError(
+                f"teacher '{self.teacher}' reaches top-1 {self.own:.1f} on {self.samples} held-out images, no better "
+                f"than guessing among {classes} classes; check its weights, preprocessing and label order, or set "
+                "gate.enabled: false"
+            )
+
+
+def check_label_order(name: str, handle: ModelHandle, class_names: Sequence[str]) -> None:
+    """Refuse a teacher that knows the data's class names in another order."""
+    known = [label.lower() for label in handle.label_names]
+    wanted = [label.lower() for label in class_names]
+    if known and wanted and known != wanted and sorted(known) == sorted(wanted):
+        first = next(i for i, pair in enumerate(zip(known, wanted, strict=True)) if pair[0] != pair[1])
+        raise UserError(
+            f"teacher '{name}' has the data's classes in another order: class {first} is "
+            f"'{handle.label_names[first]}' for the teacher and '{class_names[first]}' in the data"
+        )
+
+
+def pass_gate(
+    teachers: Mapping[str, Teacher],
+    views: Mapping[str, Preprocessing],
+    class_names: Sequence[str],
+    source: Source,
+    accelerator: Accelerator,
+    cfg: TrainConfig,
+    tell: Callable[[str, Mapping[str, Any]], None],
+) -> None:
+    """Measure the teachers whose gate is enabled, and refuse one that is below it; a call of all ranks.
+
+    Args:
+        teachers: by name.
+        views: what training feeds each of them.
+        class_names: of the data.
+        source: held-out images.
+        accelerator: gives device and ranks.
+        cfg: the recipe's `train` block.
+        tell: called with a line for a person and the numbers for the log.
+
+    Raises:
+        UserError: a teacher is below its gate, or knows the classes in another order.
+    """
+    from kd_hf.evaluation import measure_teachers
+
+    gated = {name: teacher for name, teacher in teachers.items() if teacher.cfg.gate.enabled}
+    for name, teacher in gated.items():
+        check_label_order(name, teacher.handle, class_names)
+    for result in measure_teachers(gated, views, source, accelerator, cfg):
+        warning = result.warning()
+        numbers = {"step": 0, "gate": result.teacher, "top1": result.own, "top1_as_fed": result.fed}
+        tell(result.describe() + (f"\nwarning: {warning}" if warning else ""), numbers)
+        teacher = gated[result.teacher]
+        result.check(teacher.cfg.gate, teacher.info.num_classes)
