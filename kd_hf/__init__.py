@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "DistillTrainer": "kd_hf.trainer",
     "Recipe": "kd_hf.config",
+    "TrainConfig": "kd_hf.config",
     "load_recipe": "kd_hf.recipe",
     "Method": "kd_hf.methods.base",
     "load_model": "kd_hf.models.load",
@@ -20,6 +21,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from kd_hf.config import Recipe as Recipe
+    from kd_hf.config import TrainConfig as TrainConfig
     from kd_hf.errors import UserError as UserError
     from kd_hf.methods.base import Method as Method
     from kd_hf.models.load import load_model as load_model

@@ -42,6 +42,7 @@ def read_setup(
     train_dataset: Any = None,
     eval_dataset: Any = None,
     data: Mapping[str, Any] | None = None,
+    eval: Mapping[str, Any] | None = None,
     hub: HubConfig | Mapping[str, Any] | None = None,
     processing_class: Any = None,
 ) -> Setup:
@@ -52,7 +53,7 @@ def read_setup(
     """
     networks: dict[str, ModelHandle] = {}
     if isinstance(student, Recipe):
-        if any(given is not None for given in (teacher, methods, args, data, hub, processing_class)):
+        if any(given is not None for given in (teacher, methods, args, data, eval, hub, processing_class)):
             raise UserError(f"{_HERE}: a recipe says all but data sets and callbacks; change the recipe instead")
         recipe = student
     else:
@@ -60,7 +61,7 @@ def read_setup(
         taught: Mapping[str, Any] = teacher if isinstance(teacher, Mapping) else {"teacher": teacher} if teacher else {}
         for name, network in {"student": student, **taught}.items():
             if not isinstance(network, str):
-                networks[name] = handle_of(network, name, processing_class if name == "student" else None)
+                networks[name] = handle_of(network, _kind(network), processing_class if name == "student" else None)
         blocks = {name: _network_block(name, network, networks) for name, network in taught.items()}
         train, pushed = _training(args, _name_of(student, networks))
         values = {
@@ -69,6 +70,7 @@ def read_setup(
             "methods": _method_blocks(methods),
             "data": _data_block(data, train_dataset, eval_dataset),
             "train": train,
+            "eval": _plain(eval),
             "hub": {**_plain(hub), **pushed},
         }
         recipe = make_recipe(values, _HERE)
@@ -87,6 +89,15 @@ def open_images(recipe: Recipe, split: Split, dataset: Any = None, classes: Sequ
 
 def _name_of(network: Network, networks: Mapping[str, ModelHandle]) -> str:
     return network.rpartition("/")[2] if isinstance(network, str) else networks["student"].info.name
+
+
+def _kind(network: nn.Module | ModelHandle) -> str:
+    """What a live network is called: its architecture where the library knows it, else its class."""
+    if isinstance(network, ModelHandle):
+        return network.info.name
+    facts: Any = getattr(network, "pretrained_cfg", None) or {}
+    config = getattr(network, "config", None)
+    return facts.get("architecture") or getattr(config, "model_type", "") or type(network).__name__
 
 
 def _network_block(name: str, network: Network, networks: Mapping[str, ModelHandle]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ _WEIGHT = "weight/"
 class NetworkNote:
     """What the log says about a network of a run."""
 
-    name: str  # as the recipe calls it
-    parameters: int
+    name: str = "?"  # as the recipe calls it
+    parameters: int | None = None
     library: str = ""
     architecture: str = ""
     revision: str | None = None  # the commit, for a network from the Hub
@@ -89,7 +89,13 @@ class RunRecord:
     @cached_property
     def networks(self) -> dict[str, NetworkNote]:
         """What is known of each network, by its name in the recipe; ``student`` is the student."""
-        return {name: NetworkNote(**facts) for name, facts in self.start.get("models", {}).items()}
+        noted = self.start.get("models", {})
+        known = [entry.name for entry in fields(NetworkNote)]  # a log of another version may say more or less
+        return {
+            name: NetworkNote(**{key: facts[key] for key in known if key in facts})
+            for name, facts in noted.items()
+            if isinstance(facts, Mapping)
+        }
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of a logged number, where it was finite."""

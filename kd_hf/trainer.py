@@ -51,6 +51,7 @@ class DistillTrainer:
         compute_metrics: maps an object with `predictions` (logits ``[N, K]``) and `label_ids` ``[N]`` to further
             metrics of an evaluation.
         data: keys of a recipe's `data` block: `augment`, `image_size`, column names; with `path` also the images.
+        eval: keys of a recipe's `eval` block.
         hub: keys of a recipe's `hub` block.
         processing_class: the image processor of a transformers student, which says how its images are prepared.
 
@@ -74,10 +75,11 @@ class DistillTrainer:
         compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None,
         *,
         data: Mapping[str, Any] | None = None,
+        eval: Mapping[str, Any] | None = None,
         hub: HubConfig | Mapping[str, Any] | None = None,
         processing_class: Any = None,
     ) -> None:
-        given = (student, teacher, methods, args, train_dataset, eval_dataset, data, hub, processing_class)
+        given = (student, teacher, methods, args, train_dataset, eval_dataset, data, eval, hub, processing_class)
         setup: Setup = read_setup(*given)
         self.recipe, self.compute_metrics = setup.recipe, compute_metrics
         self.args = self.recipe.train
