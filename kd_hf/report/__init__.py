@@ -44,7 +44,7 @@ def write_report(
             they are loaded as the recipe says.
         source: the evaluation images; opened as the recipe says when None.
         device: where the networks that are loaded here run.
-        samples: look at this many images, spread over the set; one in between is shown to CKA, 512 at most.
+        samples: look at this many images, spread over the set; CKA uses 512 of them at most.
         progress: show a bar.
 
     What cannot be had (an unfinished student, a teacher or data that are gone) is named on the page, which then

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 DPI = 150
 WIDTH = 9.0  # inches
 LONGEST_NAME = 26
+# after matplotlib's own font, which has no Chinese, Japanese or Korean letters
+FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+)
 MARKED = 40  # a line of at most so many points shows each of them
 SHOWN_CLASSES = 15  # at either end, where not all fit
 ALL_CLASSES = 40
@@ -68,6 +78,8 @@ class Theme:
         settings |= {"xtick.labelcolor": self.ink, "ytick.labelcolor": self.ink, "grid.color": self.grid}
         settings |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
         settings |= {"font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.fontsize": 9}
+        installed = font_manager.get_font_names()
+        settings["font.family"] = ["DejaVu Sans", *(name for name in FONTS if name in installed)]
         settings["text.parse_math"] = False  # a class may be called $ or _
         return settings
 
@@ -214,7 +226,7 @@ def accuracy(record: RunRecord) -> Picture | None:
         return figure
 
     caption = "Top-1 on the evaluation images over training"
-    caption += "; the gap between the two students is what the teacher gave." if own and plain else "."
+    caption += "; the gap between the two students is what distilling gave." if own and plain else "."
     return picture("accuracy", "Accuracy", caption, draw)
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 COLUMNS = 6  # of the disagreements
 TILES = 24
 TILES_A_PAIR = 4
-LINE = 24  # letters beside a tile
+LINE = 24  # letters that fit below a tile
+LINE_HEIGHT = 0.145  # inches
 
 
 def gazes(images: np.ndarray, found: Mapping[str, Gaze]) -> Picture:
@@ -41,11 +42,11 @@ def gazes(images: np.ndarray, found: Mapping[str, Gaze]) -> Picture:
         grid = figure.subplots(len(found) + 1, count + 1, squeeze=False, width_ratios=[1.1, *[1.0] * count])
         for row, (name, seen) in enumerate([("image", None), *found.items()]):
             _row_name(grid[row][0], name, seen, theme)
-            for column in range(count):
-                _image(grid[row][column + 1], images[column])
+            for axis, image, place in zip(grid[row][1:], images, range(count), strict=True):
+                _image(axis, image if seen is None else _grey(image))
                 if seen is not None:
-                    heat = _stretched(seen.maps[column], images.shape[-1])
-                    grid[row][column + 1].imshow(heat, cmap="inferno", alpha=0.72, vmin=0.0, vmax=1.0)
+                    heat = _stretched(seen.maps[place], images.shape[-1])
+                    axis.imshow(heat, cmap="inferno", alpha=0.65, vmin=0.0, vmax=1.0)
         return figure
 
     kinds = {
@@ -72,6 +73,10 @@ def _image(axis: Axes, image: np.ndarray) -> None:
         spine.set_visible(False)
 
 
+def _grey(image: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(image.mean(0).astype(np.uint8), image.shape)
+
+
 def _stretched(values: torch.Tensor, side: int) -> np.ndarray:
     """A map from its least to its greatest value as 0 to 1, at the image's size."""
     values = torch.nan_to_num(values.double())
@@ -86,13 +91,18 @@ def disagreements(sample: Sample, pairs: Sequence[Confusion]) -> Picture | None:
     if not chosen:
         return None
 
+    lines = 2 * (1 + (sample.reference is not None)) + 1
+
     def draw(theme: Theme) -> Figure:
-        height = -(-len(chosen) // COLUMNS)
-        figure = Figure(figsize=(WIDTH, 2.15 * height), layout="constrained")
-        axes = figure.subplots(height, COLUMNS, squeeze=False).ravel()
+        count, side = -(-len(chosen) // COLUMNS), 0.94 * WIDTH / COLUMNS
+        words = LINE_HEIGHT * (lines + 1.2)
+        figure = Figure(figsize=(WIDTH, count * (side + words)))
+        # a place of its own for everything: automatic layouts make the pictures smaller for longer names
+        axes = figure.subplots(count, COLUMNS, squeeze=False).ravel()
+        figure.subplots_adjust(0.0, words / (count * (side + words)), 1.0, 1.0, wspace=0.06, hspace=words / side)
         for axis, index in zip(axes, chosen, strict=False):
             _image(axis, sample.pictures[index])
-            _words(axis, sample, index, theme)
+            _words(axis, sample, index, theme, LINE_HEIGHT / side)
         for axis in axes[len(chosen) :]:
             axis.axis("off")
         return figure
@@ -105,20 +115,20 @@ def disagreements(sample: Sample, pairs: Sequence[Confusion]) -> Picture | None:
     return picture("disagreements", "The largest disagreements", caption, draw)
 
 
-def _words(axis: Axes, sample: Sample, index: int, theme: Theme) -> None:
-    """Label, student's and teacher's choice, below a tile."""
+def _words(axis: Axes, sample: Sample, index: int, theme: Theme, line_height: float) -> None:
+    """Student's and teacher's choice and the label, below a tile."""
     label = int(sample.label[index])
     networks = [(STUDENT, theme.student), *([(sample.reference, theme.teacher)] if sample.reference else [])]
     lines: list[tuple[str, str]] = []
     for name, color in networks:
         choice, sure = int(sample.choice[name][index]), float(sample.confidence[name][index])
-        sign = "" if label < 0 else "✓ " if choice == label else "✗ "
-        lines.append((f"{sign}{name}: {short(sample.classes[choice], LINE - 12)}, {100 * sure:.0f} %", color))
+        sign = "" if label < 0 else " ✓" if choice == label else " ✗"
+        lines.append((f"{short(name, LINE - 8)} {100 * sure:.0f} %{sign}", color))
+        lines.append((short(sample.classes[choice], LINE), color))
     lines.append((f"label: {short(sample.classes[label], LINE - 7)}" if label >= 0 else "no label", theme.ink))
     style: dict[str, Any] = {"transform": axis.transAxes, "fontsize": 7.5, "ha": "center", "va": "top"}
     for row, (text, color) in enumerate(lines):
-        axis.text(0.5, -0.04 - 0.115 * row, text, color=color, **style)
-    axis.set_xlabel("\n" * (len(lines) - 1), fontsize=7.5)  # room for them
+        axis.text(0.5, -(row + 0.35) * line_height, text, color=color, **style)
 
 
 def pair_table(sample: Sample) -> list[tuple[str, ...]]:

@@ -25,7 +25,7 @@ def check(picture, name):
     """A picture on white paper and the same on dark paper, not empty."""
     light, dark = opened(picture.light), opened(picture.dark)
     assert picture.name == name and light.shape == dark.shape and light.shape[1] == 450
-    assert light[0, 0].tolist() == [255, 255, 255] and dark[0, 0].max() < 40
+    assert light[-1, 0].tolist() == [255, 255, 255] and dark[-1, 0].max() < 40
     assert min(len(np.unique(image.reshape(-1, 3), axis=0)) for image in (light, dark)) > 20
 
 
