@@ -208,7 +208,9 @@ class Progress:
 
     def show(self, values: dict[str, Any], step: int, total: int) -> None:
         """Loss parts and rate: behind the bar, or as a line where there is no terminal."""
-        shown = {k: f"{v:.4g}" for k, v in values.items() if k.startswith("loss") or k in ("lr", "images_per_second")}
+        parts = [key for key in values if "/" in key and not key.startswith("weight/")]
+        keys = [key for key in ("loss", *parts, "lr", "images_per_second") if key in values]
+        shown = {key: f"{values[key]:.4g}" for key in keys}
         if not self.bar.disable:
             self.bar.set_postfix(shown)
         elif self.enabled:

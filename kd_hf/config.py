@@ -250,6 +250,8 @@ class TrainConfig(Block):
     false starts over, a path names a checkpoint folder."""
     report_to: list[str] = Field(default_factory=list)
     """Trackers, by accelerate's names: tensorboard, wandb, trackio, …"""
+    run_name: str | None = None
+    """What trackers call the run; by default the name of `output_dir`."""
     use_cpu: bool = False
     cpu_threads: int | Literal["auto"] = "auto"
     """Threads per process on a CPU; `auto` leaves room for what else runs on the machine."""

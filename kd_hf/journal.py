@@ -16,6 +16,8 @@ from kd_hf.recipe import flat
 from kd_hf.run import RunLength
 from kd_hf.runtime import device_name, versions
 
+_PROJECT = "kd_hf"  # in the trackers
+
 
 class Journal:
     """Silent until :meth:`open`, except for :meth:`say`; writes on the main process only.
@@ -37,7 +39,10 @@ class Journal:
             The lines that are kept.
         """
         if self.cfg.report_to:
-            self.accelerator.init_trackers("kd_hf", config=flat(tracked))
+            name = self.cfg.run_name or folder.name
+            options = {"wandb": {"name": name, "dir": str(folder)}, "trackio": {"name": name}}
+            wanted = {tracker: options[tracker] for tracker in self.cfg.report_to if tracker in options}
+            self.accelerator.init_trackers(_PROJECT, config=flat(tracked), init_kwargs=wanted)
         if not self.accelerator.is_main_process:
             return []
         self.file = JsonLines(folder, keep_until=start)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -207,17 +207,39 @@ def _describe_gate(name: str, gate: dict[str, Any]) -> str:
     return f"{text}; it reached {gate['measured_top1']:.1f} ({fed}) when this run began"
 
 
-def announce(parts: Assembly, data: str, steps: str) -> list[str]:
-    """The first lines of a run: what will be trained, on what, for how long."""
-    train = parts.recipe.train
+def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
+    """The first lines of a run: what will be trained, on what, for how long.
+
+    Args:
+        parts: what was built.
+        data: a line about the images of each split, `train` and `eval`.
+        steps: a line about the length.
+    """
+    recipe, train, views = parts.recipe, parts.recipe.train, parts.views()
     networks = {"student": parts.student.info, **{name: handle.info for name, handle in parts.teachers.items()}}
-    return [
-        *(f"{name:8} {info.name} ({info.parameters / 1e6:.2f} M parameters)" for name, info in networks.items()),
-        f"losses   {', '.join(choice.name for choice in parts.choices)}",
-        f"data     {data}",
-        f"steps    {steps}; {train.optim} at {train.learning_rate:g}",
-        f"folder   {train.output_dir}",
+    losses = (f"{choice.name} × {_weight_text(choice)}" for choice in parts.choices)
+    saved = {"epoch": "every epoch", "steps": f"every {train.save_steps} steps", "no": "not saved"}[train.save_strategy]
+    lines = [
+        *(
+            f"{name:8} {info.name} ({info.parameters / 1e6:.2f} M parameters"
+            + (f", {views[name].image_size} px)" if name in views else ")")
+            for name, info in networks.items()
+        ),
+        f"losses   {', '.join(losses)}",
+        f"data     {data['train']}",
+        f"random   {', '.join(_random(recipe)) or 'nothing'}",
+        f"held out {data['eval']}",
+        f"steps    {steps}",
+        f"optim    {train.optim}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}",
+        f"folder   {train.output_dir}, checkpoints {saved}",
     ]
+    if recipe.hub.push_to_hub:
+        lines.append(f"hub      {recipe.hub.hub_model_id or 'your account'}, strategy {recipe.hub.hub_strategy}")
+    return lines
+
+
+def _weight_text(choice: Choice) -> str:
+    return f"{choice.weight:g}" if isinstance(choice.weight, float) else "a schedule"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -42,6 +42,7 @@ _NOT_HASHED = (
     "logging_steps",
     "save_total_limit",
     "report_to",
+    "run_name",
     "disable_tqdm",
     "cpu_threads",
 )

@@ -427,9 +427,9 @@ class DistillTrainer:
             self.run.write_recipe()
         self.state.log_history = self.journal.open(self.run.path, start, self.recipe.model_dump(mode="json"))
         where = f"{self.accelerator.num_processes} process(es) on {self.device}"
-        self.journal.say(*announce(self.parts, self.train_source.describe(), f"{self.length}; {where}"))
         models = {"student": self.parts.student, **self.parts.teachers}
         data = {"train": self.train_source.describe(), "eval": self.eval_source.describe()}
+        self.journal.say(*announce(self.parts, data, f"{self.length}; {where}"))
         self.journal.write({"step": start, **run_facts(models, data, self.accelerator, self.length)})
         self._clock = time.perf_counter()
         self.journal.show_progress(self.length.total_steps, start, self.length.global_batch)

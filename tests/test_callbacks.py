@@ -143,9 +143,10 @@ def test_without_a_terminal_progress_is_lines(stderr, capsys):
     stderr(io.StringIO())
     progress = Progress(total=100, start=0, images_per_step=8, enabled=True)
     progress.advance()
-    progress.show({"loss": 1.23456, "lr": 1e-3, "weight/kd": 1.0, "images_per_second": 8.0}, step=40, total=100)
+    values = {"loss": 1.23456, "kd/soft": 0.5, "lr": 1e-3, "weight/kd": 1.0, "images_per_second": 8.0}
+    progress.show(values, step=40, total=100)
     progress.close()
-    assert capsys.readouterr().out == "step 40/100  loss 1.235  lr 0.001  images_per_second 8  1:00 left\n"
+    assert capsys.readouterr().out == "step 40/100  loss 1.235  kd/soft 0.5  lr 0.001  images_per_second 8  1:00 left\n"
 
 
 def test_long_times_have_hours(stderr, capsys):
