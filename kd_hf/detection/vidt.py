@@ -94,6 +94,10 @@ class ViDTForObjectDetection(PreTrainedModel):
         self._no_split_modules = {"RamBlock", "DecoderLayer"}
         self.post_init()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers passes over parts of foreign code without parameters of their own; ours know loaded weights
+        super()._initialize_weights(module, False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -20,8 +20,8 @@ class ViDTImageProcessor(DeformableDetrImageProcessor):
     """Deformable DETR's image processor but for two things.
 
     The size of the resized image, shortest side 800 and longest at most 1333 pixels, is rounded down to multiples of
-    16; and padding does not move boxes, which ViDT predicts relative to the image itself, as does
-    ``post_process_object_detection``.
+    16; and padding leaves annotations as they are: boxes relative to the image itself, as ViDT predicts them and
+    ``post_process_object_detection`` reads them, and masks of its size.
     """
 
     def resize(
@@ -35,9 +35,8 @@ class ViDTImageProcessor(DeformableDetrImageProcessor):
         resized: torch.Tensor = super().resize(image, size, resample=resample, antialias=antialias, **kwargs)
         return resized
 
-    def pad(self, *args: Any, **kwargs: Any) -> Any:
-        """Fill up on the right and below; of the annotations only masks grow with the image."""
-        return super().pad(*args, **{**kwargs, "update_bboxes": False})
+    def _update_annotation_for_padded_image(self, annotation: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return annotation
 
 
 ViDTImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -38,6 +38,13 @@ def test_boxes_are_relative_to_the_image_without_padding():
     assert [int(torch.as_tensor(labels["class_labels"])[0]) for labels in batch["labels"]] == [3, 3]
 
 
+def test_masks_stay_those_of_the_image():
+    annotated = {"boxes": torch.rand(2, 4), "masks": torch.ones(2, 5, 6), "size": (5, 6)}
+    image, mask, padded = ViDTImageProcessor().pad(torch.ones(3, 5, 6), (8, 8), annotated, update_bboxes=True)
+    assert image.shape == (3, 8, 8) and mask.sum() == 30
+    assert padded is annotated
+
+
 def test_boxes_come_back_in_pixels():
     logits = torch.full((1, 3, 4), -9.0)
     logits[0, 1, 2] = 5.0

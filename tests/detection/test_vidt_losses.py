@@ -122,7 +122,9 @@ def test_overlaps_are_learned_and_reach_the_boxes():
     _, parts = detection_loss(tiny_config(), out, targets)
     expected = 0.0
     for image, (query, _) in enumerate(Matcher(2, 5, 2)(out, targets)):
-        boxes = box_convert(torch.stack([out["pred_boxes"][image, query[0]], targets[image]["boxes"][0]]), "cxcywh", "xyxy")
+        boxes = box_convert(
+            torch.stack([out["pred_boxes"][image, query[0]], targets[image]["boxes"][0]]), "cxcywh", "xyxy"
+        )
         inner = (boxes[:, 2:].amin(0) - boxes[:, :2].amax(0)).clamp(min=0).prod()
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         p = out["pred_ious"][image, query[0], 0].sigmoid()

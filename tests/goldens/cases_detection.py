@@ -43,7 +43,11 @@ SIZES = {
     "cross_scale_fusion": "epff",  # its name before ViDT+
     "pos_dim": "d_model",
 }
-IGNORED = frozenset({"seed", "cross_indices", "aux_loss", "gt_mask_len", "with_vector", "student_dim", "teacher_dim"})
+# what shapes or the configuration say as well, and what has no effect in evaluation mode
+IGNORED = frozenset(
+    {"seed", "cross_indices", "aux_loss", "gt_mask_len", "with_vector", "student_dim", "teacher_dim"}
+    | {"backbone_name", "dropout", "drop_path_rate"}
+)
 
 
 def open_detection(golden: Golden) -> Case:
@@ -227,8 +231,11 @@ def _set_recorded_base(projection: OrthogonalProjection, base: Tensor) -> None:
     """Start from the base as it is: it was recorded orthonormal to float32's precision, ours is to float64's."""
     projection.set_base(base)
     exact = reflect(projection.base_vectors, projection.base_factor, torch.diag(projection.base_signs))
-    rounding = base @ exact.T  # the identity but for 1e-7
-    projection.register_forward_hook(lambda module, inputs, output: output @ rounding.T)
+    rounding = base @ exact[:, : base.shape[1]].T  # the identity but for 1e-7
+    if projection.wide:
+        projection.register_forward_pre_hook(lambda module, inputs: (inputs[0] @ rounding,))
+    else:
+        projection.register_forward_hook(lambda module, inputs, output: output @ rounding.T)
 
 
 def _outputs(side: str, inputs: Mapping[str, Tensor]) -> Outputs:
