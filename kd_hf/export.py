@@ -120,12 +120,12 @@ def export_model(
     with _replacing(target) as temporary:
         form.write(program, temporary, facts_of(handle, model), opset)
         differences = compare(network, form.read(temporary), side)
-        worst = max(differences.values())
-        if not worst <= form.limit:
-            raise UserError(
-                f"{target} was not written: the exported logits differ from those of '{model}' by {worst:.1e} of the "
-                f"largest, allowed is {form.limit:.0e}"
-            )
+        for count, difference in differences.items():
+            if not difference <= form.limit:  # also NaN
+                raise UserError(
+                    f"{target} was not written: at batch size {count} the exported logits differ from those of "
+                    f"'{model}' by {difference:.1e} of the largest, allowed is {form.limit:.0e}"
+                )
     return Export(target, format, side, handle.info.num_classes, differences)
 
 

@@ -83,7 +83,7 @@ def open_images(recipe: Recipe, split: Split, dataset: Any = None, classes: Sequ
     if dataset is None:
         return open_source(recipe.data, split, recipe.train.seed)
     columns = recipe.data.image_column, recipe.data.label_column
-    source = dataset if isinstance(dataset, Source) else open_rows(dataset, split, *columns, classes)
+    source = dataset if isinstance(dataset, Source) else open_rows(dataset, split, *columns, classes or None)
     return with_labels(source, recipe.data, split, recipe.train.seed)
 
 

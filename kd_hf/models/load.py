@@ -17,6 +17,7 @@ from torch import nn
 
 from kd_hf.config import PreprocessingConfig
 from kd_hf.errors import UserError, nearest
+from kd_hf.models.given import config_label_names, processor_preprocessing, timm_preprocessing
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm, describe_transformers
 from kd_hf.models.info import Preprocessing
 from kd_hf.models.students import LIBRARY, OWN, STOCK_FACTS, Student, find_student, read_weights
@@ -24,8 +25,6 @@ from kd_hf.models.students import LIBRARY, OWN, STOCK_FACTS, Student, find_stude
 WEIGHTS = "model*.safetensors"
 # what constructors and state dict loading raise when a recipe's values do not fit the network
 _BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError)
-# PIL's numbers, which transformers writes, in timm's words
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,8 @@ def _locate(request: _Request) -> _Source:
     folder = _artefact_folder(Path(name).expanduser())
     if scheme != "hf-hub" and folder is not None:
         return _from_folder(folder)
-    if scheme == "local-dir" or name.startswith((".", "/", "~")):
+    here = scheme != "hf-hub" and "/" in name and Path(name).is_dir()  # no repository is meant where a folder lies
+    if scheme == "local-dir" or here or name.startswith((".", "/", "~")):
         raise UserError(f"model '{request.model}': there is no config.json in that folder, nor in a student/ within it")
     owner, _, short = name.rpartition("/")
     if owner == "transformers":
@@ -156,6 +156,11 @@ def _from_folder(folder: Path) -> _Source:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder}/config.json is not valid JSON: {error}") from error
+    if config.get("library") == "torch":
+        raise UserError(
+            f"{folder} holds the weights of {config['architecture']}, which neither timm nor transformers can build: "
+            "build it in Python, load model.safetensors into it and hand the network over"
+        )
     if "architecture" in config:
         return _Source("timm", config["architecture"], folder, config)
     if config.get("model_type") in OWN:
@@ -317,25 +322,10 @@ def _load_timm(request: _Request, source: _Source) -> ModelHandle:
     network = timm.create_model(name, pretrained=request.weights, **arguments, **more)
     if source.student and source.student.initialise:
         source.student.initialise(network)
-    native = _timm_preprocessing(network)
+    native = timm_preprocessing(network)
     info = replace(describe_timm(network, request.model, _override(native, request)), native=native)
     origin = _origin(request, source, arguments)
     return ModelHandle(network, info, origin, _timm_label_names(network, request, source))
-
-
-def _timm_preprocessing(network: nn.Module) -> Preprocessing:
-    from timm.data import resolve_model_data_config
-    from timm.models import get_model_input_config
-
-    data = resolve_model_data_config(network)
-    return Preprocessing(
-        image_size=get_model_input_config(network)["input_size"][-1],
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        interpolation=data["interpolation"],
-        crop_pct=data["crop_pct"],
-        crop_mode=data["crop_mode"],
-    )
 
 
 def _timm_label_names(network: Any, request: _Request, source: _Source) -> tuple[str, ...]:
@@ -372,18 +362,12 @@ def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
     else:
         with torch.device(request.device if request.on_meta and request.device else "cpu"):
             network = AutoModelForImageClassification.from_config(config, **trust)
-    native = _processor_preprocessing(source.folder, config)
+    native = processor_preprocessing(_processor(source.folder), config)
     if "image_size" in values:  # built for that size, so it cannot be shown another
         native = replace(native, image_size=values["image_size"])
     info = replace(describe_transformers(network, request.model, _override(native, request)), native=native)
     origin = _origin(request, source, values)
-    return ModelHandle(network, info, origin, _config_label_names(config))
-
-
-def _config_label_names(config: Any) -> tuple[str, ...]:
-    """The class names of a transformers configuration; none when it only numbers them."""
-    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-    return labels if any(label != f"LABEL_{index}" for index, label in enumerate(labels)) else ()
+    return ModelHandle(network, info, origin, config_label_names(config))
 
 
 def _load_own(request: _Request, source: _Source) -> ModelHandle:
@@ -399,13 +383,13 @@ def _load_own(request: _Request, source: _Source) -> ModelHandle:
         network = own.network(config)
     if request.weights and source.folder is not None:
         read_weights(network, source.folder)
-    native = _processor_preprocessing(source.folder, config)
+    native = processor_preprocessing(_processor(source.folder), config)
     if "image_size" in values:
         native = replace(native, image_size=values["image_size"])
     info = describe_timm(network, request.model, _override(native, request))
     info = replace(info, native=native, library=LIBRARY)
     origin = _origin(request, source, values)
-    return ModelHandle(network, info, origin, _config_label_names(config))
+    return ModelHandle(network, info, origin, config_label_names(config))
 
 
 def _config_values(request: _Request, config: Any) -> dict[str, Any]:
@@ -453,38 +437,10 @@ def _with_weights(request: _Request, folder: Path, config: Any) -> nn.Module:
     return network
 
 
-def _processor_preprocessing(folder: Path | None, config: Any) -> Preprocessing:
-    """Read preprocessor_config.json; ImageNet's values, at the configuration's size, where it says nothing."""
+def _processor(folder: Path | None) -> dict[str, Any]:
+    """What preprocessor_config.json says, if it is there."""
     path = folder / "preprocessor_config.json" if folder else None
-    found = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
-    default = Preprocessing(image_size=_side(getattr(config, "image_size", None)) or Preprocessing.image_size)
-    resized, cropped = _side(found.get("size")), _side(found.get("crop_size"))
-    center = bool(found.get("do_center_crop", "crop_pct" in found))
-    side = (cropped if center and cropped else resized) or default.image_size
-    if not center and resized:
-        # stretched to a square: the whole image, whatever its shape
-        share, mode = 1.0, "squash"
-    else:
-        share, mode = found.get("crop_pct") or (side / resized if resized else default.crop_pct), "center"
-    normal = found.get("do_normalize", True)
-    return replace(
-        default,
-        image_size=side,
-        mean=tuple(found.get("image_mean") or default.mean) if normal else (0.0, 0.0, 0.0),
-        std=tuple(found.get("image_std") or default.std) if normal else (1.0, 1.0, 1.0),
-        interpolation=_RESAMPLE.get(found.get("resample", 3), default.interpolation),
-        crop_pct=min(1.0, share),
-        crop_mode=mode,
-    )
-
-
-def _side(size: Any) -> int | None:
-    """Pixels of the shorter side, from the many ways a transformers file may write a size."""
-    if isinstance(size, Mapping):
-        size = size.get("shortest_edge") or size.get("height")
-    if isinstance(size, (list, tuple)):
-        size = min(size)
-    return int(size) if size else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
 
 
 def _override(own: Preprocessing, request: _Request) -> Preprocessing:

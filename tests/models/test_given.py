@@ -141,3 +141,5 @@ def test_the_artefact_of_any_other_network(tmp_path):
     again.load_state_dict(load_file(tmp_path / "student/model.safetensors"))
     pixels = torch.randn(2, 3, 16, 16)
     assert torch.equal(again.eval()(pixels), network.eval()(pixels))
+    with pytest.raises(UserError, match="build it in Python"):
+        load_model(str(tmp_path / "student"), pretrained=True)
