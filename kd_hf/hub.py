@@ -256,7 +256,7 @@ class _Repository:
         from huggingface_hub import HfApi, get_token
         from huggingface_hub.utils import validate_repo_id
 
-        self.api = HfApi(library_name="kd_hf")  # takes the token for every request anew, so that it is never kept here
+        self.api = HfApi(library_name="kd_hf", token=True)  # sends the token, which is looked up for each request
         self.branch = cfg.hub_revision
         self.id = cfg.hub_model_id or Path(run_path).resolve().name
         with self.telling("cannot be used"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,10 +18,10 @@ from kd_hf.errors import UserError
 from kd_hf.hub import Publisher, fetch_checkpoint
 from kd_hf.models.handle import ModelHandle
 from kd_hf.recipe import RESOLVED, dump_recipe
-from kd_hf.record import STUDENT, RunRecord
+from kd_hf.record import RunRecord
 from kd_hf.run import RunFolder
 
-_STAGING = ".push"  # in the run folder: copies that do not change while they are uploaded
+_UNFINISHED = ".unfinished"  # in the run folder: the student of a save, on its way to the Hub
 
 
 class Publication:
@@ -68,13 +67,11 @@ class Publication:
         publisher, strategy = self.publisher, self.recipe.hub.hub_strategy
         if publisher is None or strategy == "end" or publisher.busy:
             return
-        staging = self.run.path / _STAGING
-        self.export(weights, staging / STUDENT)
-        checkpoint = None
-        if strategy == "checkpoint":
-            checkpoint = staging / self.run.checkpoint_of(step).name
-            _link_folder(self.run.checkpoint_of(step), checkpoint)
-        publisher.in_background(staging / STUDENT, f"Step {step}", checkpoint)
+        folder = self.run.path / _UNFINISHED
+        self.export(weights, folder)
+        checkpoint = self.run.checkpoint_of(step) if strategy == "checkpoint" else None
+        publisher.in_background(folder, f"Step {step}", checkpoint)  # it has its own hold on the files when it returns
+        shutil.rmtree(folder, ignore_errors=True)
 
     def close(self, teachers: Mapping[str, ModelHandle] | None, source: Source, device: torch.device) -> None:
         """Write report and card; what fails here costs a sentence, not the run."""
@@ -97,7 +94,11 @@ class Publication:
         """
         if self.publisher is not None:
             self.say(f"pushed to {self.publisher.finish(self.run.student, message)}")
-        shutil.rmtree(self.run.path / _STAGING, ignore_errors=True)
+
+    def leave(self) -> None:
+        """Tell a person whose run was stopped why the process has not ended yet."""
+        if self.publisher is not None and self.publisher.busy:
+            self.say("the push of the last save is still running; it ends first")
 
     def describe(self, license: str | None = None, tags: tuple[str, ...] = ()) -> None:
         """Write the model card anew."""
@@ -115,16 +116,3 @@ class Publication:
         publisher = Publisher(hub, self.run.path, self.say)
         publisher.prepare()
         return publisher.finish(folder, message)
-
-
-def _link_folder(source: Path, target: Path) -> None:
-    """A copy that stays when the original is pruned; its files share the disk where the file system can."""
-    shutil.rmtree(target.parent / target.name, ignore_errors=True)
-
-    def link(file: str, copy: str) -> None:
-        try:
-            os.link(file, copy)
-        except OSError:
-            shutil.copy2(file, copy)
-
-    shutil.copytree(source, target, copy_function=link)

@@ -129,7 +129,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete what a run writes into its folder, and nothing else."""
-        for folder in (self.checkpoints, self.student, self.path / REPORT):
+        for folder in (self.checkpoints, self.student, self.path / REPORT, self.path / ".push", self.path / ".fetch"):
             shutil.rmtree(folder, ignore_errors=True)
         for name in (LOG, RESOLVED):
             (self.path / name).unlink(missing_ok=True)

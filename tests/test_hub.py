@@ -2,25 +2,25 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 from huggingface_hub import HfApi, constants, file_download
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import _http, are_progress_bars_disabled, logging
-from safetensors.torch import save_file
 
 from kd_hf import hub as kd_hub
 from kd_hf import train
 from kd_hf.callbacks import LOG
-from kd_hf.checkpoint import load_objects, read_state, save_checkpoint
+from kd_hf.checkpoint import load_objects, read_state
 from kd_hf.errors import UserError, run_command
 from kd_hf.hub import LAST, Publisher, fetch_checkpoint, push_run
 from kd_hf.recipe import RESOLVED, dump_recipe
 from tests import runs
+from tests.hub.folders import block, local, pushed, remote, titles, write_checkpoint, write_student
 from tests.hub.server import User, serve
 
 TOKEN, OTHER, READER = "hf_secretOfAnn", "hf_secretOfBob", "hf_secretOfAnnWhoReads"
@@ -72,55 +72,6 @@ def publisher(hub, run, said):
     result = Publisher(block(run), run, said.append)
     result.prepare()
     return result
-
-
-def block(folder, **values):
-    return runs.recipe(folder, {"hub": values}).hub
-
-
-def write_student(folder, seed, weights="model.safetensors", picture="curve.png"):
-    for name in ("report", ".eval_results"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    save_file({"weight": torch.rand(2000, generator=generator)}, folder / weights)
-    (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "seed": seed}))
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Digits\n")
-    (folder / ".eval_results" / "digits.yaml").write_text("- value: 99\n")
-    (folder / "report" / picture).write_bytes(bytes(range(256)))
-
-
-def write_checkpoint(folder, step):
-    path = folder / "checkpoints" / f"checkpoint-{step}"
-    tensors = {"module": {"weight": torch.full((3000,), float(step))}}
-    save_checkpoint(path, {"step": step}, tensors, {"optimizer": {"lr": step / 10}})
-    return path
-
-
-def local(folder):
-    """Content of every file, by its path in the folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def remote(hub, name="ann/digits", branch="main"):
-    """The same of a repository."""
-    commit = hub.store.resolve("models", name, branch)
-    entries = hub.store.read("models", name, commit)["files"]
-    return {path: hub.store.blob(entry["sha256"]).read_bytes() for path, entry in entries.items()}
-
-
-def titles(hub, name="ann/digits", branch="main"):
-    """The commits of a branch, oldest first; a repository begins with one of its own."""
-    found, commit = [], hub.store.resolve("models", name, branch)
-    while commit:
-        read = hub.store.read("models", name, commit)
-        found.insert(0, read["title"])
-        commit = read["parent"]
-    return found
-
-
-def pushed(folder):
-    """What a push of a run is to leave in its repository."""
-    return local(folder / "student") | {LOG: (folder / LOG).read_bytes()}
 
 
 def one_line(error, *parts):
@@ -324,6 +275,7 @@ def test_offline_and_unreachable(hub, run, monkeypatch):
 
 def test_a_background_push_is_of_the_moment_it_was_asked_for(hub, run, publisher, said):
     expected = pushed(run)
+    write_student(run / ".push" / "student", 2)  # left by a run that was killed
     hub.fail("slow", "^GET .*/tree/", seconds=0.3)
     publisher.in_background(run / "student", "step 2")
     for path in (run / "student").rglob("*"):
@@ -352,7 +304,7 @@ def test_a_background_failure_is_told_and_not_raised(hub, run, publisher, said, 
 
 
 def test_a_background_push_of_nothing_is_told(hub, run, publisher, said):
-    publisher.in_background(run / "nowhere", "step 2")
+    publisher.in_background(run / "student", "step 2", run / "nowhere")
     assert not publisher.busy and len(said) == 1 and not (run / ".push").exists()
     one_line(said[0], "hub: this push was left out, the training goes on", "nowhere")
 
@@ -432,6 +384,21 @@ def test_a_wrong_token_is_not_a_missing_repository(hub, run, away, tmp_path, mon
     with pytest.raises(UserError) as caught:
         fetch_checkpoint(block(run, hub_model_id="ann/digits"), tmp_path / "there")
     one_line(caught.value, message)
+
+
+def test_a_refusal_is_not_a_missing_repository(hub, run, away, tmp_path, monkeypatch):
+    # on https the client takes most answers of 401 for a repository that is not there
+    monkeypatch.setattr(_http, "REPO_API_REGEX", re.compile("/api/models/"))
+    hub.fail("status", "^GET /api/models/", status=401)
+    with pytest.raises(UserError) as caught:
+        fetch_checkpoint(block(run), tmp_path / "digits2" / "digits")
+    one_line(caught.value, "the Hub does not accept the token")
+
+
+def test_the_token_is_sent_even_where_it_is_not_by_default(hub, run, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    push_run(run)
+    assert remote(hub) == pushed(run)
 
 
 @pytest.mark.parametrize("kind", ["drop", "short", "corrupt", "status", "slow"])
