@@ -19,8 +19,8 @@ from kd_hf.errors import UserError, is_main_process, run_command
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from kd_hf.benchmarks import EvalSet
-    from kd_hf.evaluation import Run
+    from kd_hf.benchmarks import ClassMap, EvalSet
+    from kd_hf.evaluation import Run, Stopwatch, Subject
     from kd_hf.metrics import Meter
     from kd_hf.models.handle import ModelHandle
 
@@ -36,7 +36,15 @@ COLUMNS = (
     ("cka", "cka", ".4f"),
     ("images_per_second", "images/s", ".0f"),
 )
-_OPTIONS = {"data.eval_split": "--split", "data.path": "--data", "data.streaming": "--streaming"}
+_OPTIONS = {  # key of a recipe's `data` block → option
+    "path": "--data",
+    "name": "--name",
+    "eval_split": "--split",
+    "image_column": "--image-column",
+    "label_column": "--label-column",
+    "image_size": "--image-size",
+    "streaming": "--streaming",
+}
 _SHOWN_CLASSES = 20  # of each end of a long list by class
 
 
@@ -58,12 +66,10 @@ class Networks:
         models: what to measure, by anything that :func:`kd_hf.models.load.load_model` takes.
         teacher: the network the others are compared with; measured too.
         accelerator: gives device and ranks.
-        image_size: pixels per side, instead of each network's own.
+        options: further arguments of :func:`kd_hf.models.load.load_model`, the same for all.
     """
 
-    def __init__(
-        self, models: Sequence[str], teacher: str | None, accelerator: Accelerator, image_size: int | None = None
-    ) -> None:
+    def __init__(self, models: Sequence[str], teacher: str | None, accelerator: Accelerator, **options: Any) -> None:
         from kd_hf.evaluation import FEATURES, runner
         from kd_hf.models.load import load_model
         from kd_hf.models.taps import TappedModel, available_taps
@@ -72,7 +78,7 @@ class Networks:
         self.handles: dict[str, ModelHandle] = {}
         self.runs: dict[str, Run] = {}
         for name in dict.fromkeys([*models, *([teacher] if teacher else [])]):
-            handle = load_model(name, pretrained=True, image_size=image_size)
+            handle = load_model(name, pretrained=True, **options)
             taps = [FEATURES] if teacher and FEATURES in available_taps(handle.info) else []
             self.handles[name] = handle
             self.runs[name] = runner(TappedModel(handle, handle.info, taps).to(accelerator.device), accelerator)
@@ -91,12 +97,16 @@ class Networks:
         from kd_hf.benchmarks import match_classes
         from kd_hf.evaluation import Stopwatch, Subject, measure
 
-        device = self.accelerator.device
-        subjects = {}
-        for name, handle in self.handles.items():
-            classes = match_classes(handle.info, handle.label_names, data, label_indices)
-            meters, watch = self._meters(name, data), Stopwatch(self.runs[name], device)
-            subjects[name] = Subject(watch, handle.info.preprocessing, meters, classes)
+        watches = {name: Stopwatch(run, self.accelerator.device) for name, run in self.runs.items()}
+        subjects = {
+            name: Subject(
+                watches[name],
+                handle.info.preprocessing,
+                self._meters(name, data),
+                match_classes(handle.info, handle.label_names, data, label_indices),
+            )
+            for name, handle in self.handles.items()
+        }
         self._check_comparable(subjects)
         values = measure(
             subjects,
@@ -109,7 +119,7 @@ class Networks:
             reference=self.teacher,
             progress=progress and self.accelerator.is_main_process,
         )
-        return {name: self._result(values[name], subject) for name, subject in subjects.items()}
+        return {name: self._result(values[name], subjects[name].meters, watches[name]) for name in subjects}
 
     def _meters(self, name: str, data: EvalSet) -> list[Meter]:
         """What is asked of a network: calibration where an image has one label, comparison where there is a teacher."""
@@ -123,7 +133,7 @@ class Networks:
             meters += [Divergence(device), FeatureSimilarity(device)]
         return meters
 
-    def _check_comparable(self, subjects: Mapping[str, Any]) -> None:
+    def _check_comparable(self, subjects: Mapping[str, Subject]) -> None:
         """Refuse to compare networks whose choices are not the same classes."""
         if self.teacher is None:
             return
@@ -135,16 +145,16 @@ class Networks:
                     f"{sizes[self.teacher][0]}, or they number them differently, so that they cannot be compared"
                 )
 
-    def _result(self, values: dict[str, float], subject: Any) -> Result:
+    def _result(self, values: dict[str, float], meters: Sequence[Meter], watch: Stopwatch) -> Result:
         from kd_hf.metrics import ByClass
 
-        by_class = next(meter for meter in subject.meters if isinstance(meter, ByClass))
+        by_class = next(meter for meter in meters if isinstance(meter, ByClass))
         counts = by_class.counts(lambda sums: self.accelerator.reduce(sums, "sum"))
-        rate = subject.run.rate()
+        rate = watch.rate()
         return Result(values | ({"images_per_second": rate} if rate else {}), tuple(counts))
 
 
-def _choices(handle: ModelHandle, classes: Any) -> tuple[int, list[int] | None]:
+def _choices(handle: ModelHandle, classes: ClassMap) -> tuple[int, list[int] | None]:
     """How many classes a network chooses among, and which of them the data's are."""
     count = handle.info.num_classes if classes.choices is None else len(classes.choices)
     return count, None if classes.label is None else classes.label.tolist()
@@ -179,7 +189,7 @@ def evaluate_models(
         UserError: a model or data set that is not there, or whose classes do not fit.
     """
     opened = _open_data(data)
-    networks = Networks(models, teacher, _accelerator(use_cpu), data.get("image_size"))
+    networks = Networks(models, teacher, _accelerator(use_cpu), image_size=data.get("image_size"))
     results = networks.evaluate(
         opened,
         batch_size=batch_size,
@@ -213,7 +223,7 @@ def _open_data(data: Mapping[str, Any]) -> EvalSet:
     except UserError as error:
         text = str(error)
         for key, option in _OPTIONS.items():
-            text = text.replace(key, option)
+            text = text.replace(f"data.{key}", option)
         raise type(error)(text) from error
 
 
@@ -223,14 +233,15 @@ def _open_data(data: Mapping[str, Any]) -> EvalSet:
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, evaluate, print."""
     args = _parser().parse_args(argv)
-    common = {"eval_split": args.split, "streaming": args.streaming}
-    common |= {"image_size": args.image_size} if args.image_size else {}
+    common = {key: getattr(args, option.removeprefix("--").replace("-", "_")) for key, option in _OPTIONS.items()}
     # before the networks: a wrong path shows at once
-    opened = [_open_data({"path": path, **common}) for path in dict.fromkeys(args.data)]
-    networks = Networks(args.models, args.teacher, _accelerator(args.use_cpu), args.image_size)
+    opened = {path: _open_data(common | {"path": path}) for path in args.data}
+    options = {"image_size": args.image_size, "allow_pickle": args.allow_pickle}
+    options["trust_remote_code"] = args.trust_remote_code
+    networks = Networks(args.models, args.teacher, _accelerator(args.use_cpu), **options)
     results = {}
-    for data in opened:
-        results[data.name] = networks.evaluate(
+    for path, data in opened.items():
+        results[path] = networks.evaluate(
             data,
             batch_size=args.batch_size,
             workers=args.workers,
@@ -261,6 +272,9 @@ def _parser() -> argparse.ArgumentParser:
         "NAME=FOLDER: imagenet-1k, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, imagenet-sketch",
     )
     add("--split", default="validation", help="split to use (default: validation)")
+    add("--name", help="configuration of a Hub data set that has several")
+    add("--image-column", help="column of the images, where it is not clear")
+    add("--label-column", help="column of the labels, where it is not clear")
     add("--teacher", metavar="MODEL", help="compare with this model: agreement, KL, CKA")
     add("--image-size", type=int, help="pixels per side, instead of each model's own")
     add("--batch-size", type=int, default=64)
@@ -268,6 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-samples", type=int, help="look at so many images only, spread over the set")
     add("--streaming", action="store_true", help="read the data as it is needed")
     add("--label-indices", action="store_true", help="labels without names are indices into the models' classes")
+    add("--trust-remote-code", action="store_true", help="let code of the models' repositories run")
+    add("--allow-pickle", action="store_true", help="read weights that exist as pickles only; tensors, nothing else")
     add("--use-cpu", action="store_true")
     add("--per-class", nargs="?", const="", metavar="FILE", help="accuracy by class: a table, or a CSV file")
     add("--markdown", action="store_true", help="print tables for a README")
@@ -276,19 +292,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(
-    opened: Sequence[EvalSet], results: Mapping[str, Mapping[str, Result]], args: argparse.Namespace, device: str
+    opened: Mapping[str, EvalSet],
+    results: Mapping[str, Mapping[str, Result]],
+    args: argparse.Namespace,
+    device: str,
 ) -> str:
     """Everything that is printed."""
     lines = _lines(_summary(results), args.markdown)
-    notes = [f"{data.name}: {data.protocol}" for data in opened if data.protocol]
+    notes = [f"{path}: {data.protocol}" for path, data in opened.items() if data.protocol]
     if any("images_per_second" in result.values for found in results.values() for result in found.values()):
         notes.append(f"images/s: the network alone, {device}, batches of {args.batch_size}; indicative")
     lines += ["", *(f"- {note}" if args.markdown else note for note in notes)] if notes else []
-    for data in opened if args.per_class == "" else ():
-        head, *rows = _by_class(data, results[data.name], args.teacher)
+    for path, data in opened.items() if args.per_class == "" else ():
+        head, *rows = _by_class(data, results[path], args.teacher)
         if len(rows) > 2 * _SHOWN_CLASSES:
             rows = [*rows[:_SHOWN_CLASSES], ["…", *[""] * (len(head) - 1)], *rows[-_SHOWN_CLASSES:]]
-        lines += ["", f"{data.name}, top-1 % by class", "", *_lines([head, *rows], args.markdown)]
+        lines += ["", f"{path}, top-1 % by class", "", *_lines([head, *rows], args.markdown)]
     return "\n".join(lines)
 
 
@@ -336,7 +355,7 @@ def _lines(rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
 
 
 def _write_files(
-    opened: Sequence[EvalSet], results: Mapping[str, Mapping[str, Result]], args: argparse.Namespace
+    opened: Mapping[str, EvalSet], results: Mapping[str, Mapping[str, Result]], args: argparse.Namespace
 ) -> None:
     from kd_hf.files import write_text
 
@@ -349,10 +368,10 @@ def _write_files(
 
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        for index, data in enumerate(opened):
-            head, *rows = _by_class(data, results[data.name], args.teacher)
+        for index, (path, data) in enumerate(opened.items()):
+            head, *rows = _by_class(data, results[path], args.teacher)
             writer.writerows([["data", *head]] if index == 0 else [])
-            writer.writerows([data.name, *row] for row in rows)
+            writer.writerows([path, *row] for row in rows)
         write_text(Path(args.per_class), text.getvalue())
 
 

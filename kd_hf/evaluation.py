@@ -79,7 +79,9 @@ def measure(
     ranks = {"world": accelerator.num_processes, "rank": accelerator.process_index}
     loader = eval_loader(source, views, batch_size=batch_size, workers=workers, max_samples=max_samples, **ranks)
     answers = None if answers is None else answers.to(device)
-    for index, cpu_batch in enumerate(_with_bar(loader, accelerator, progress)):
+    for index, cpu_batch in enumerate(
+        _with_bar(loader, min(len(source), max_samples or len(source)), accelerator, progress)
+    ):
         batch = cpu_batch.to(device)
         pixels, _ = stage(batch)
         outputs = {name: subject.run(pixels[name]) for name, subject in subjects.items()}
@@ -102,9 +104,8 @@ def measure(
     }
 
 
-def _with_bar(loader: BatchLoader, accelerator: Accelerator, progress: bool) -> Iterator[Batch]:
+def _with_bar(loader: BatchLoader, total: int, accelerator: Accelerator, progress: bool) -> Iterator[Batch]:
     """The batches, with a bar over the images of all processes."""
-    total = len(loader.batches.rows) * accelerator.num_processes if hasattr(loader.batches, "rows") else None
     hidden = not (progress and watched())
     with tqdm(desc="evaluate", total=total, unit="image", unit_scale=True, leave=False, disable=hidden) as bar:
         for batch in loader:

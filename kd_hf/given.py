@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def read_setup(
             "hub": {**_plain(hub), **pushed},
         }
         recipe = make_recipe(values, _HERE)
+        networks = {name: _shown_at(handle, recipe.data.image_size) for name, handle in networks.items()}
     train_images = open_images(recipe, "train", train_dataset)
     return Setup(recipe, train_images, open_images(recipe, "eval", eval_dataset, train_images.class_names), networks)
 
@@ -89,6 +90,14 @@ def open_images(recipe: Recipe, split: Split, dataset: Any = None, classes: Sequ
 
 def _name_of(network: Network, networks: Mapping[str, ModelHandle]) -> str:
     return network.rpartition("/")[2] if isinstance(network, str) else networks["student"].info.name
+
+
+def _shown_at(handle: ModelHandle, image_size: int | None) -> ModelHandle:
+    """The network at the size that the user names: it may have been trained at another than its library says."""
+    if image_size is None:
+        return handle
+    view = replace(handle.info.preprocessing, image_size=image_size)
+    return replace(handle, info=replace(handle.info, preprocessing=view, native=view))
 
 
 def _kind(network: nn.Module | ModelHandle) -> str:

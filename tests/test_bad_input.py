@@ -291,7 +291,7 @@ def test_evaluating_on_other_classes(trained, tmp_path, complaint):
     [
         (["test_resnett", "--data", "builtin:digits"], ["test_resnett", "Did you mean 'test_resnet'?"]),
         (["./nowhere", "--data", "builtin:digits"], ["./nowhere", "no config.json"]),
-        (["test_resnet", "--data", "./nowhere"], ["data.path", "./nowhere"]),
+        (["test_resnet", "--data", "./nowhere"], ["--data", "./nowhere"]),
     ],
 )
 def test_mistakes_of_eval(folder, complaint, argv, wanted):

@@ -173,7 +173,7 @@ def test_classes_are_matched_by_name_where_they_are_known():
     assert matched(four, ("ant", "cat", "dog", "fox"), "fox", "cat") == [[3, 1], None]  # among all four
     assert matched(three, (), "a", "b", "c") == [None, None]
     assert matched(three, ("x", "y", "z"), "a", "b", "c") == [None, None]
-    with pytest.raises(UserError, match="m has 4 classes, the set has 2$"):
+    with pytest.raises(UserError, match=r"m has 4 classes, the set has 2$"):
         matched(four, ("ant", "cat", "dog", "fox"), "fox", "wolf")
 
 
@@ -187,7 +187,7 @@ def test_synset_folders_and_a_network_that_knows_the_words():
 
 def test_numbers_are_indices_only_when_asked():
     numbers = [str(index) for index in range(702)]
-    with pytest.raises(UserError, match="the set has 702; if these are indices .* add --label-indices"):
+    with pytest.raises(UserError, match=r"the set has 702; if these are indices .* add --label-indices"):
         matched(NETWORK, SYNSETS, *numbers)
     assert matched(NETWORK, SYNSETS, *numbers, indices=True) == [list(range(702)), None]
     assert matched(NETWORK, SYNSETS, "0", "10", "9", indices=True) == [[0, 10, 9], None]

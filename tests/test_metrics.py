@@ -83,7 +83,9 @@ def test_certainty_falls_into_the_last_bin():
 
 
 def test_divergence_agrees_with_torch(scored):
-    student, teacher = (torch.distributions.Categorical(logits=x.double()) for x in (scored.logits, scored.teacher_logits))
+    student, teacher = (
+        torch.distributions.Categorical(logits=x.double()) for x in (scored.logits, scored.teacher_logits)
+    )
     expected = torch.distributions.kl_divergence(teacher, student).mean().item()
     assert measure(scored)["kl"] == close(expected)
     same = Scored(scored.logits, scored.label, scored.valid, teacher_logits=scored.logits)
@@ -168,7 +170,10 @@ def test_several_right_answers(scored):
     ranked = scored.logits.topk(5).indices
     right = (ranked == answers[:, :1]) | (ranked == answers[:, 1:2])
     expected = {"top1": right[:, 0], "top5": right.any(1)}
-    assert values.compute() == {**{k: close(100 * v.double().mean().item()) for k, v in expected.items()}, "samples": ROWS}
+    assert values.compute() == {
+        **{k: close(100 * v.double().mean().item()) for k, v in expected.items()},
+        "samples": ROWS,
+    }
 
 
 def test_what_was_not_measured_is_left_out(scored):

@@ -118,6 +118,17 @@ def test_predict_gives_logits_in_the_order_of_the_images(trained):
     assert made.predict(test.select([3])).predictions[0] == pytest.approx(predictions[3], abs=1e-5)
 
 
+def test_networks_are_measured_at_the_size_they_are_trained_at(tmp_path):
+    made = trainer(tmp_path / "run")
+    sizes = [
+        made.parts.student.info.preprocessing,
+        made.teachers["teacher"].info.preprocessing,
+        *made.parts.views().values(),
+    ]
+    assert {facts.image_size for facts in sizes} == {32}
+    assert made.teachers["teacher"].info.native.image_size == 32  # it may have been trained here
+
+
 def test_another_data_set_is_measured_without_touching_the_best(trained):
     made, _, _ = trained
     before = made.state.best_metric

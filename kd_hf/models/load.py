@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from kd_hf.errors import UserError, nearest
 from kd_hf.models.given import config_label_names, processor_preprocessing, timm_preprocessing
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm, describe_transformers
 from kd_hf.models.info import Preprocessing
+from kd_hf.models.pickles import PICKLES, with_safetensors
 from kd_hf.models.students import LIBRARY, OWN, STOCK_FACTS, Student, find_student, read_weights
 
 WEIGHTS = "model*.safetensors"
@@ -40,6 +42,7 @@ class _Request:
     drop_path: float | None
     preprocessing: PreprocessingConfig | None
     trust_remote_code: bool
+    allow_pickle: bool
     device: torch.device | None
 
     @property
@@ -74,6 +77,7 @@ def load_model(
     drop_path: float | None = None,
     preprocessing: PreprocessingConfig | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     device: str | torch.device | None = None,
 ) -> ModelHandle:
     """Load or build an image classifier, in eval mode and float32.
@@ -83,7 +87,7 @@ def load_model(
             (``org/name``, ``hf-hub:org/name``), a timm architecture with or without tag (``resnet18``,
             ``timm/resnet50.a1_in1k``), ``transformers/<model_type>`` for a random network of that type, or
             ``kd_hf/<name>`` for one of :mod:`kd_hf.models.students`.
-        pretrained: read the weights, from safetensors only; else they are random.
+        pretrained: read the weights; else they are random.
         num_classes: K; where it differs from the weights', the classifier is new.
         image_size: pixels per side, passed to the constructor where the architecture is built for one size.
         revision: branch, tag or commit of the Hub repository.
@@ -91,6 +95,7 @@ def load_model(
         drop_path: stochastic depth rate.
         preprocessing: overrides of the model's own mean, std, interpolation and crop.
         trust_remote_code: allow code of the repository to run (transformers).
+        allow_pickle: where there are no safetensors, read the tensors of a pickled state dict (and nothing else of it).
         device: where the network goes. On ``meta`` neither weights are downloaded nor memory is used.
 
     Raises:
@@ -106,21 +111,31 @@ def load_model(
         drop_path=drop_path,
         preprocessing=preprocessing,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
         device=None if device is None else torch.device(device),
     )
     source = _locate(request)
-    if request.weights and (source.folder is None or not any(source.folder.glob(WEIGHTS))):
-        raise UserError(
-            f"model '{model}' has no safetensors weights ({WEIGHTS}), and kd_hf loads no pickles; "
-            "convert them (`python -m kd_hf.convert`), or set pretrained: false"
-        )
-    with _building(request):
+    with tempfile.TemporaryDirectory() as scratch, _building(request):
+        source = _with_weights_at_hand(request, source, Path(scratch))
         load = {"timm": _load_timm, "transformers": _load_transformers, LIBRARY: _load_own}[source.library]
         handle = load(request, source)
     handle.network.eval()
     if request.device is not None and not request.on_meta:
         handle.network.to(request.device)
     return handle
+
+
+def _with_weights_at_hand(request: _Request, source: _Source, scratch: Path) -> _Source:
+    """The source with safetensors in its folder, when weights are wanted."""
+    if not request.weights or (source.folder is not None and any(source.folder.glob(WEIGHTS))):
+        return source
+    if request.allow_pickle and source.folder is not None:
+        place = scratch / source.folder.parent.name / source.folder.name  # so that it still tells the commit
+        return replace(source, folder=with_safetensors(source.folder, place))
+    raise UserError(
+        f"model '{request.model}' has no safetensors weights ({WEIGHTS}), and pickles are not loaded: convert them "
+        "(`python -m kd_hf.convert`), set allow_pickle: true if you trust their source, or pretrained: false"
+    )
 
 
 # finding out what a name means
@@ -220,6 +235,7 @@ def _from_hub(request: _Request, repository: str, revision: str) -> _Source:
     patterns = ["*.json"]
     if request.weights:
         patterns.append(WEIGHTS)
+        patterns += [PICKLES] if request.allow_pickle else []
     if request.trust_remote_code:
         patterns.append("*.py")
     folder = _download(repository, request.revision or revision or None, patterns)

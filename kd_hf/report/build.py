@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kd_hf import __version__
+from kd_hf.assemble import load_network
 from kd_hf.data.source import Source, open_source
 from kd_hf.errors import UserError
 from kd_hf.files import atomic_folder
@@ -74,32 +75,15 @@ def _open_networks(
     if teachers is not None:
         networks |= teachers
     else:
-        for name in record.recipe.all_teachers():
+        for name, cfg in record.recipe.all_teachers().items():
             with _noted(page, f"Comparisons with the teacher '{name}' are missing, it cannot be opened"):
-                networks[name] = _load_teacher(record, name, device)
+                networks[name] = load_network(cfg, record.recipe, cfg.num_classes, device)
     if record.plain is not None:
         with _noted(page, "The comparison with the plain student is missing, it cannot be opened"):
             networks[PLAIN] = load_model(
                 str(record.plain.need()), pretrained=True, trust_remote_code=trust, device=device
             )
     return networks
-
-
-def _load_teacher(record: RunRecord, name: str, device: str | torch.device) -> ModelHandle:
-    cfg = record.recipe.all_teachers()[name]
-    if cfg.model is None:
-        raise UserError(f"the teacher of {cfg.recipe} has not been trained")
-    return load_model(
-        cfg.model,
-        pretrained=cfg.pretrained,
-        num_classes=cfg.num_classes,
-        image_size=cfg.image_size or record.recipe.data.image_size,
-        revision=cfg.revision,
-        kwargs=cfg.kwargs,
-        preprocessing=cfg.preprocessing,
-        trust_remote_code=cfg.trust_remote_code,
-        device=device,
-    )
 
 
 def _in_words(record: RunRecord, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -221,8 +221,29 @@ def test_pickles_are_refused(tmp_path):
     save_student(vit(), tmp_path / "student")
     (tmp_path / "student" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "student" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"no safetensors weights .* kd_hf loads no pickles"):
+    with pytest.raises(UserError, match=r"no safetensors weights .* pickles are not loaded"):
         load_model(str(tmp_path), pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["vit", "transformers/vit"])
+def test_pickles_are_read_where_they_are_allowed(tmp_path, name):
+    made = vit() if name == "vit" else load_model(name, num_classes=5, image_size=32, kwargs=HF_VIT)
+    folder = tmp_path / "snapshots" / "a1b2"
+    save_student(made, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(made.network.state_dict(), folder / "pytorch_model.bin")
+    handle = load_model(str(folder), pretrained=True, allow_pickle=True)
+    expected = made.network.state_dict()
+    assert all(value.equal(expected[key]) for key, value in handle.network.state_dict().items())
+    assert handle.origin.revision == "a1b2"
+
+
+def test_a_pickle_of_more_than_tensors_is_never_unpickled(tmp_path):
+    save_student(vit(), tmp_path / "student")
+    (tmp_path / "student" / "model.safetensors").unlink()
+    torch.save({"weight": json.JSONDecoder}, tmp_path / "student" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="is no plain state dict of tensors"):
+        load_model(str(tmp_path), pretrained=True, allow_pickle=True)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("{}", "has neither `architecture`")])
