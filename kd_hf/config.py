@@ -40,6 +40,8 @@ class ModelConfig(Block):
     """Passed to the model's constructor (timm) or configuration (transformers)."""
     trust_remote_code: bool = False
     """Allow code from the Hub repository to run."""
+    allow_pickle: bool = False
+    """Read weights that exist as pickles only; nothing but tensors is unpickled."""
 
 
 class StudentConfig(ModelConfig):
@@ -73,6 +75,9 @@ class TeacherConfig(ModelConfig):
     """Weights of the frozen teacher; `auto` follows the run's mixed precision."""
     shard: bool = False
     """Spread the weights over all processes, for a teacher that does not fit on one device; slower."""
+    store: str | None = None
+    """Outputs written by `python -m kd_hf.cache`: a folder, or `user/name[@revision]` on the Hub. They are read, and
+    the network neither runs nor needs its weights."""
     gate: GateConfig = GateConfig()
 
     @model_validator(mode="after")
@@ -170,8 +175,8 @@ class DataConfig(Block):
     """Sequences of row groups that feed a global batch side by side. Processes × workers up to this number
     read different row groups; the order depends on it, and not on them."""
     decoder: Literal["torchvision", "pil"] = "torchvision"
-    """What decodes, crops and resizes training images: torchvision on uint8 tensors (faster, 50 dB or more from PIL),
-    or PIL throughout, as the official code. Evaluation always uses PIL."""
+    """What decodes, crops and resizes training JPEGs: torchvision on uint8 tensors (about twice as fast, 50 dB or more
+    from PIL on photographs), or PIL throughout, as the official code. Other formats and evaluation always use PIL."""
     max_corrupt: int = Field(100, ge=0)
     """Unreadable images that are tolerated (replaced by the next readable row and counted) before the run stops."""
 

@@ -2,8 +2,8 @@
 
 FOLDER holds Parquet files with images, or JPEG files at any depth; real photographs, for ratios that mean something.
 Both sides of a row take turns in one process, one thread each; the ratio is the median over rounds, in brackets its
-quartiles. One-process rows count the processor time of this process, so that the turns of other programs do not
-count; rows with workers count seconds. Images are read from the page cache.
+quartiles. Times are processor time of this process and of its workers, so that the turns of other programs do not
+count; only the row `resume` counts seconds. Images are read from the page cache.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import argparse
 import io
 import itertools
 import os
+import pickle
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
@@ -34,7 +38,7 @@ from kd_hf.config import AugmentConfig, DataConfig
 from kd_hf.data.loader import train_loader
 from kd_hf.data.pixels import decode
 from kd_hf.data.source import open_source
-from kd_hf.data.views import DeviceStage, TrainTransform, augment_policy, draw_geometry, plan_views
+from kd_hf.data.views import DeviceStage, TrainTransform, augment_policy, plan_views
 from kd_hf.models.info import Preprocessing
 
 SPEC = Preprocessing()
@@ -42,31 +46,25 @@ POLICY = "rand-m9-mstd0.5-inc1"
 DEIT = AugmentConfig(auto_augment=POLICY, erasing=0.25)
 PLAIN = AugmentConfig()
 BATCH, GROUP, CLASSES = 50, 100, 10
+EPOCHS = 2  # of a loader, so that the start of its workers weighs less
 VIEWS = {"student": SPEC}
 TWO_VIEWS = {"student": SPEC, "teacher": Preprocessing(image_size=256)}
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Row:
-    """Two sides that do equal work; the ratio is seconds of `theirs` ÷ `ours`, or its inverse for times."""
-
-    ours: Callable[[], object]
-    theirs: Callable[[], object]
-    bound: float
-    seconds: Callable[[Callable[[], object]], float]
-    speed: bool = True
-    """Whether the ratio is one of speeds (bound: at least), not of times (at most)."""
 
 
 # --- clocks -------------------------------------------------------------------------------------------------------
 
 
 def processor_seconds(side: Callable[[], object]) -> float:
-    """Processor time of a call in this process."""
-    start = time.process_time()
+    """Processor time of a call in this process and in those that end with it."""
+
+    def now() -> float:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + children.ru_utime + children.ru_stime
+
+    start = now()
     side()
-    return time.process_time() - start
+    return now() - start
 
 
 def wall_seconds(side: Callable[[], object]) -> float:
@@ -76,12 +74,22 @@ def wall_seconds(side: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def seconds_after_first(side: Callable[[], object]) -> float:
-    """Time from the first batch of an iterator to its end, without the start of its workers."""
-    batches = side()
-    assert isinstance(batches, Iterator)
-    next(batches)
-    return wall_seconds(lambda: [None for _ in batches])
+def exhaust(batches: Iterable[object]) -> None:
+    """Take everything and keep nothing."""
+    for _ in batches:
+        pass
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two sides that do equal work; the ratio is seconds of `theirs` ÷ `ours`, or its inverse for times."""
+
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+    bound: float | None = None
+    speed: bool = True
+    """Whether the ratio is one of speeds (bound: at least), not of times (at most)."""
+    seconds: Callable[[Callable[[], object]], float] = processor_seconds
 
 
 # --- images -------------------------------------------------------------------------------------------------------
@@ -123,14 +131,8 @@ def store(images: list[bytes], root: Path) -> tuple[DataConfig, DataConfig]:
 
 def timm_transform(policy: str | None, prefetcher: bool) -> Callable[[Image.Image], Tensor]:
     """timm's own training transform, with a posterize that survives 0 bits."""
-    transform = create_transform(
-        SPEC.image_size,
-        is_training=True,
-        auto_augment=policy,
-        color_jitter=None,
-        interpolation=SPEC.interpolation,
-        use_prefetcher=prefetcher,
-    )
+    options: dict[str, Any] = {"auto_augment": policy, "color_jitter": None, "interpolation": SPEC.interpolation}
+    transform = create_transform(SPEC.image_size, is_training=True, use_prefetcher=prefetcher, **options)
     if policy:
         place = [type(step).__name__ for step in transform.transforms].index("RandAugment")
         transform.transforms[place] = augment_policy(policy, SPEC)
@@ -142,9 +144,9 @@ def as_timm_reads(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def chunks(images: list[bytes]) -> Iterator[tuple[int, list[bytes]]]:
-    """Batches, each with the number of its first image."""
-    return ((start, images[start : start + BATCH]) for start in range(0, len(images), BATCH))
+def chunks(images: list[bytes]) -> Iterator[list[bytes]]:
+    """Batches."""
+    return (images[start : start + BATCH] for start in range(0, len(images), BATCH))
 
 
 def transform_rows(images: list[bytes]) -> dict[str, Row]:
@@ -153,45 +155,43 @@ def transform_rows(images: list[bytes]) -> dict[str, Row]:
     timm_deit, timm_plain = timm_transform(POLICY, prefetcher=True), timm_transform(None, prefetcher=False)
     mean, std = (255 * torch.tensor(value).view(1, 3, 1, 1) for value in (SPEC.mean, SPEC.std))
 
+    keys = itertools.count()  # never the same operations again, as on timm's side
+
     def uint8() -> None:
-        for start, batch in chunks(images):
-            torch.stack([deit(data, start + i)["student"] for i, data in enumerate(batch)])
+        for batch in chunks(images):
+            torch.stack([deit(data, next(keys))["student"] for data in batch])
 
     def timm_uint8() -> None:
-        for _, batch in chunks(images):
+        for batch in chunks(images):
             fast_collate([(timm_deit(as_timm_reads(data)), 0) for data in batch])
 
     def float32() -> None:
-        for start, batch in chunks(images):
-            views = torch.stack([plain(data, start + i)["student"] for i, data in enumerate(batch)])
+        for batch in chunks(images):
+            views = torch.stack([plain(data, next(keys))["student"] for data in batch])
             views.to(torch.float32).sub_(mean).div_(std)
 
     def timm_float32() -> None:
-        for _, batch in chunks(images):
+        for batch in chunks(images):
             torch.stack([timm_plain(as_timm_reads(data)) for data in batch])
 
     return {
-        "randaugment": Row(uint8, timm_uint8, 1.15, processor_seconds),
-        "crop": Row(float32, timm_float32, 1.8, processor_seconds),
+        "randaugment": Row(uint8, timm_uint8, 1.15),
+        "crop": Row(float32, timm_float32, 1.8),
     }
 
 
 def view_rows(images: list[bytes]) -> dict[str, Row]:
     """Two views of 224 and 256 pixels from one decode, against a pass for each."""
     rows = {}
-    for name, augment, bound in (("two_views", PLAIN, 0.7), ("two_views_randaugment", DEIT, 1.0)):
+    for name, augment, bound in (("two_views", PLAIN, 0.7), ("two_views_randaugment", DEIT, None)):
         both = TrainTransform(plan_views(TWO_VIEWS, training=True), augment)
         alone = [TrainTransform(plan_views({one: spec}, training=True), augment) for one, spec in TWO_VIEWS.items()]
 
-        def one_pass(both: TrainTransform = both) -> None:
-            for key, data in enumerate(images):
-                both(data, key)
-
-        def two_passes(alone: list[TrainTransform] = alone) -> None:
-            for transform, (key, data) in itertools.product(alone, enumerate(images)):
+        def passes(transforms: list[TrainTransform]) -> None:
+            for transform, (key, data) in itertools.product(transforms, enumerate(images)):
                 transform(data, key)
 
-        rows[name] = Row(one_pass, two_passes, bound, processor_seconds, speed=False)
+        rows[name] = Row(partial(passes, [both]), partial(passes, alone), bound, speed=False)
     return rows
 
 
@@ -199,17 +199,18 @@ def view_rows(images: list[bytes]) -> dict[str, Row]:
 
 
 def loader_rows(cfg: DataConfig, count: int, workers: int) -> dict[str, Row]:
-    """Normalised and erased float32 batches from worker processes, from files, to timm's loader with its prefetcher."""
+    """Epochs of worker processes that read files, against timm's loader: uint8 batches, as a device is given them,
+    then float32 batches, normalised and erased on the CPU."""
+    stage = DeviceStage(VIEWS, CLASSES)
 
-    def ours(augment: AugmentConfig) -> Iterator[object]:
+    def ours(augment: AugmentConfig, on_cpu: bool) -> None:
         recipe = cfg.model_copy(update={"augment": augment})
-        source, stage = open_source(recipe, "train"), DeviceStage(VIEWS, CLASSES)
-        loader = train_loader(
-            source, recipe, VIEWS, per_device=BATCH, total_steps=count // BATCH, workers=workers, prefetch_factor=2
-        )
-        return (stage(batch) for batch in loader)
+        steps = EPOCHS * (count // BATCH)
+        source = open_source(recipe, "train")
+        loader = train_loader(source, recipe, VIEWS, per_device=BATCH, total_steps=steps, workers=workers)
+        exhaust((stage(batch) for batch in loader) if on_cpu else loader)
 
-    def theirs(augment: AugmentConfig) -> Iterator[object]:
+    def theirs(augment: AugmentConfig, on_cpu: bool) -> None:
         loader = create_loader(
             ImageDataset(str(Path(cfg.path) / "train")),
             (3, SPEC.image_size, SPEC.image_size),
@@ -217,42 +218,41 @@ def loader_rows(cfg: DataConfig, count: int, workers: int) -> dict[str, Row]:
             is_training=True,
             re_prob=augment.erasing,
             re_mode="pixel",
-            auto_augment=augment.auto_augment,
-            color_jitter=None,
-            interpolation=SPEC.interpolation,
             num_workers=workers,
-            persistent_workers=False,
-            pin_memory=False,
             device=CPU,
         )
         loader.dataset.transform = timm_transform(augment.auto_augment, prefetcher=True)
-        return iter(loader)
+        for _ in range(EPOCHS):
+            exhaust(loader if on_cpu else loader.loader)
 
+    cases = {
+        "loader_randaugment": (DEIT, False, 1.3),
+        "loader_crop": (PLAIN, False, 1.3),
+        "on_cpu_randaugment": (DEIT, True, None),
+        "on_cpu_crop": (PLAIN, True, None),
+    }
     return {
-        name: Row(lambda a=augment: ours(a), lambda a=augment: theirs(a), bound, seconds_after_first)
-        for name, augment, bound in (("loader_randaugment", DEIT, 1.3), ("loader_crop", PLAIN, 1.3))
+        name: Row(partial(ours, augment, on_cpu), partial(theirs, augment, on_cpu), bound)
+        for name, (augment, on_cpu, bound) in cases.items()
     }
 
 
 def stream_rows(files: DataConfig, table: DataConfig, count: int, workers: int) -> dict[str, Row]:
-    """An epoch of decoded batches from streamed Parquet, against files; a first batch in mid-epoch, against the start."""
+    """An epoch of decoded batches from streamed Parquet, against files; a first batch in mid-epoch, against the
+    very first."""
+    opened = {cfg.path: pickle.dumps(open_source(cfg, "train")) for cfg in (files, table)}
 
-    def epoch(cfg: DataConfig) -> None:
-        source = open_source(cfg, "train")
-        for _ in train_loader(source, cfg, VIEWS, per_device=BATCH, total_steps=count // BATCH):
-            pass
+    def batches(cfg: DataConfig, start: int = 0, workers: int = 0) -> Iterator[object]:
+        source = pickle.loads(opened[cfg.path])  # with nothing in memory yet
+        options: dict[str, Any] = {"start_step": start, "total_steps": count // BATCH, "workers": workers}
+        return iter(train_loader(source, cfg, VIEWS, per_device=BATCH, **options))
 
-    source = open_source(table, "train")
-
-    def first(step: int) -> None:
-        loader = train_loader(
-            source, table, VIEWS, per_device=BATCH, start_step=step, total_steps=count // BATCH, workers=workers
-        )
-        next(iter(loader))
+    def first(start: int) -> object:
+        return next(batches(table, start, workers))
 
     return {
-        "parquet": Row(lambda: epoch(table), lambda: epoch(files), 0.95, processor_seconds),
-        "resume": Row(lambda: first(count // BATCH // 2), lambda: first(0), 1.2, wall_seconds, speed=False),
+        "parquet": Row(lambda: exhaust(batches(table)), lambda: exhaust(batches(files)), 0.95),
+        "resume": Row(partial(first, count // BATCH // 2), partial(first, 0), 1.2, speed=False, seconds=wall_seconds),
     }
 
 
@@ -280,10 +280,12 @@ def measure(name: str, row: Row, rounds: int) -> str:
     ratios = sorted(theirs / ours if row.speed else ours / theirs for ours, theirs in times)
     low, middle, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.25, 0.5, 0.75))
     ours, theirs = (1e3 * statistics.median(side) for side in zip(*times, strict=True))
-    reached = middle >= row.bound if row.speed else middle <= row.bound
-    bound = f"{'≥' if row.speed else '≤'} {row.bound:.2f}"
+    verdict = ""
+    if row.bound is not None:
+        reached = middle >= row.bound if row.speed else middle <= row.bound
+        verdict = f"{'≥' if row.speed else '≤'} {row.bound:.2f}  {'reached' if reached else 'MISSED'}"
     spread = f"[{low:.3f}–{high:.3f}]"
-    return f"{name:22} {ours:9.1f} {theirs:9.1f} {middle:7.3f}  {spread:16} {bound:>7}  {'reached' if reached else 'MISSED'}"
+    return f"{name:22} {ours:9.1f} {theirs:9.1f} {middle:7.3f}  {spread:16} {verdict}"
 
 
 def main() -> None:
@@ -303,7 +305,7 @@ def main() -> None:
     pixels = statistics.mean(width * height for width, height in (decode(data).size for data in few))
     print(f"{len(images)} images of {sum(map(len, images)) / len(images) / 1e3:.0f} kB, {pixels / 1e6:.2f} MP")
     print(f"crops against PIL: PSNR {crop_psnr(images):.1f} dB or more")
-    print(f"{'row':22} {'ours, ms':>9} {'other, ms':>9} {'ratio':>7}  {'quartiles':16} {'bound':>7}")
+    print(f"{'row':22} {'ours, ms':>9} {'other, ms':>9} {'ratio':>7}  {'quartiles':16} bound")
     with tempfile.TemporaryDirectory() as root:
         files, table = store(images, Path(root))
         rows: Mapping[str, Row] = {

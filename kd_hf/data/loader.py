@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,124 @@ from kd_hf.models.info import Preprocessing
 
 Transform = Callable[[bytes, int], dict[str, Tensor]]
 MAX_SKIP = 100  # consecutive unreadable rows after which something else must be wrong
+
+
+class Rows(Protocol):
+    """What the loader asks of a source of any kind."""
+
+    group_sizes: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def expect(self, lanes: int) -> None:
+        """Hear how many sequences of row groups will be read side by side."""
+
+    def describe(self) -> str:
+        """What a person should know."""
+
+
+class Joinable(Protocol):
+    """What the loader asks of a batch of any kind."""
+
+    valid: Tensor
+
+    @classmethod
+    def join(cls, parts: Any, pin: bool = False) -> Any:
+        """One batch of consecutive parts, in page-locked memory if `pin`."""
+
+
+S = TypeVar("S")  # one image of a batch
+B = TypeVar("B", bound=Joinable)
+
+
+class TrainItems(Dataset[B], Generic[S, B], ABC):
+    """The training batches of one rank, by micro step over the whole run, each in `parts` of consecutive images.
+
+    Item ``micro_step * parts + part``. A worker that always builds the same part reads the same lanes of the data.
+    """
+
+    def __init__(self, source: Rows, cfg: DataConfig, layout: Layout, seed: int, parts: int = 1) -> None:
+        self.source, self.layout, self.seed = source, layout, seed
+        repeats = cfg.augment.repeats
+        self.order = EpochOrder(source.group_sizes, seed, cfg.shuffle_block, repeats, layout.global_batch, cfg.lanes)
+        # at even positions, so that images that are mixed with each other stay together
+        self.cuts = [layout.per_device * part // parts // 2 * 2 for part in range(parts)] + [layout.per_device]
+        source.expect(-(-self.order.lanes // (layout.world * parts)) + 1)
+
+    @abstractmethod
+    def sample(self, row: int, key: int) -> S:
+        """One image; raises :class:`UnreadableImage` or OSError for a row that cannot be read."""
+
+    @abstractmethod
+    def assemble(self, samples: Sequence[S], epoch: int, start: int, keys: Sequence[int], corrupt: list[int]) -> B:
+        """The batch of `samples` with their `keys`, from a position of an epoch on."""
+
+    def __getitem__(self, index: int) -> B:
+        """Build item `index`."""
+        micro_step, part = divmod(index, len(self.cuts) - 1)
+        epoch, start = self.layout.locate(micro_step, self.order.steps_per_epoch)
+        start, count = start + self.cuts[part], self.cuts[part + 1] - self.cuts[part]
+        rows, repeats = self.order.rows(epoch, start, start + count)
+        keys = [
+            hash_key(self.seed, epoch, row, repeat) for row, repeat in zip(rows.tolist(), repeats.tolist(), strict=True)
+        ]
+        corrupt: list[int] = []
+        with python_state_kept():
+            samples = [self._readable(row, key, corrupt) for row, key in zip(rows.tolist(), keys, strict=True)]
+        return self.assemble(samples, epoch, start, keys, corrupt)
+
+    def _readable(self, row: int, key: int, corrupt: list[int]) -> S:
+        """The first readable row from `row` on; the others are added to `corrupt`."""
+        reason: Exception | None = None
+        for candidate in range(row, row + min(MAX_SKIP, len(self.source))):
+            candidate %= len(self.source)
+            try:
+                return self.sample(candidate, key)
+            except (UnreadableImage, OSError) as error:
+                corrupt.append(candidate)
+                reason = error
+        raise UserError(
+            f"data.path: no readable image in {self.source.describe()} from row {row} on (tried {len(corrupt)});"
+            f" the last reason was: {reason}"
+        )
+
+
+class EvalItems(Dataset[B], Generic[S, B], ABC):
+    """The evaluation batches of one rank. All ranks have the same number, the last ones padded."""
+
+    def __init__(self, source: Rows, layout: Layout, max_samples: int | None = None) -> None:
+        self.source, self.layout = source, layout
+        count = len(source) if max_samples is None else max_samples
+        rows = spread_rows(source.group_sizes, count)
+        self.share = -(-len(rows) // layout.world)  # neighbouring rows, so that ranks read different row groups
+        self.rows = rows[layout.rank * self.share : (layout.rank + 1) * self.share]
+        source.expect(1)
+
+    @abstractmethod
+    def sample(self, row: int, key: int) -> S:
+        """One image; see :class:`TrainItems`."""
+
+    @abstractmethod
+    def assemble(self, samples: Sequence[S | None], corrupt: list[int]) -> B:
+        """The batch of `samples`; None where a place stays empty."""
+
+    def __len__(self) -> int:
+        return -(-self.share // self.layout.per_device)
+
+    def __getitem__(self, index: int) -> B:
+        """Build batch number `index` of the rank's share."""
+        size = self.layout.per_device
+        samples: list[S | None] = [None] * size
+        corrupt: list[int] = []
+        for position, row in enumerate(self.rows[index * size : (index + 1) * size].tolist()):
+            try:
+                samples[position] = self.sample(row, hash_key(row))
+            except (UnreadableImage, OSError):
+                corrupt.append(row)
+        return self.assemble(samples, corrupt)
+
+
+# --- images with labels -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,59 +168,34 @@ def _assembled(plan: ViewPlan, samples: Sequence[_Sample], **rest: Any) -> Batch
     return Batch(views, label, row, key, valid, dict(plan.view_of), **rest)
 
 
-class TrainBatches(Dataset[Batch]):
-    """The training batches of one rank, by micro step over the whole run, each in `parts` of consecutive images.
+class TrainBatches(TrainItems[_Sample, Batch]):
+    """Training batches of images with labels."""
 
-    Item ``micro_step * parts + part``. A worker that always builds the same part reads the same lanes of the data.
-    """
+    source: Source
 
     def __init__(
         self, source: Source, cfg: DataConfig, plan: ViewPlan, layout: Layout, seed: int, parts: int = 1
     ) -> None:
         check_mixing(cfg.augment, layout.per_device)
-        self.source, self.augment, self.plan, self.layout, self.seed = source, cfg.augment, plan, layout, seed
+        super().__init__(source, cfg, layout, seed, parts)
+        self.augment, self.plan = cfg.augment, plan
         self.transform = TrainTransform(plan, cfg.augment, cfg.decoder)
-        self.order = EpochOrder(
-            source.group_sizes, seed, cfg.shuffle_block, cfg.augment.repeats, layout.global_batch, cfg.lanes
-        )
-        # at even positions, so that images that are mixed with each other stay together
-        self.cuts = [layout.per_device * part // parts // 2 * 2 for part in range(parts)] + [layout.per_device]
-        source.expect(-(-self.order.lanes // (layout.world * parts)) + 1)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Build item `index`."""
-        micro_step, part = divmod(index, len(self.cuts) - 1)
-        epoch, start = self.layout.locate(micro_step, self.order.steps_per_epoch)
-        start, count = start + self.cuts[part], self.cuts[part + 1] - self.cuts[part]
-        rows, repeats = self.order.rows(epoch, start, start + count)
-        keys = [
-            hash_key(self.seed, epoch, row, repeat) for row, repeat in zip(rows.tolist(), repeats.tolist(), strict=True)
-        ]
-        corrupt: list[int] = []
-        with python_state_kept():
-            samples = [self._readable(row, key, corrupt) for row, key in zip(rows.tolist(), keys, strict=True)]
-        mixing, erasing = self._mixing(epoch, start, count), self._erasing(keys)
+    def sample(self, row: int, key: int) -> _Sample:
+        """One image; see :class:`TrainItems`."""
+        data, label = self.source.read(row)
+        return _Sample(self.transform(data, key), label, row, key)
+
+    def assemble(
+        self, samples: Sequence[_Sample], epoch: int, start: int, keys: Sequence[int], corrupt: list[int]
+    ) -> Batch:
+        """The batch with what is mixed and erased in it; see :class:`TrainItems`."""
+        mixing, erasing = self._mixing(epoch, start, len(keys)), self._erasing(keys)
         return _assembled(self.plan, samples, epoch=epoch, mixing=mixing, erasing=erasing, corrupt=corrupt)
 
     def _erasing(self, keys: Sequence[int]) -> tuple[Erasing, ...]:
         boxes = (draw_erasing(self.augment.erasing, self.plan.size, key) for key in keys)
         return tuple(Erasing(position, box) for position, box in enumerate(boxes) if box is not None)
-
-    def _readable(self, row: int, key: int, corrupt: list[int]) -> _Sample:
-        """The first readable row from `row` on; the others are added to `corrupt`."""
-        reason: Exception | None = None
-        for candidate in range(row, row + min(MAX_SKIP, len(self.source))):
-            candidate %= len(self.source)
-            try:
-                data, label = self.source.read(candidate)
-                return _Sample(self.transform(data, key), label, candidate, key)
-            except (UnreadableImage, OSError) as error:
-                corrupt.append(candidate)
-                reason = error
-        raise UserError(
-            f"data.path: no readable image in {self.source.describe()} from row {row} on (tried {len(corrupt)});"
-            f" the last reason was: {reason}"
-        )
 
     def _mixing(self, epoch: int, start: int, count: int) -> tuple[Mixing, ...] | None:
         if not is_mixing(self.augment):
@@ -109,42 +203,37 @@ class TrainBatches(Dataset[Batch]):
         return batch_mixing(self.augment, self.seed, epoch, start, count, self.layout.global_batch, self.plan.size)
 
 
-class EvalBatches(Dataset[Batch]):
-    """The evaluation batches of one rank. All ranks have the same number, the last ones padded."""
+class EvalBatches(EvalItems[_Sample, Batch]):
+    """Evaluation batches of images with labels."""
+
+    source: Source
 
     def __init__(self, source: Source, plan: ViewPlan, layout: Layout, max_samples: int | None = None) -> None:
-        self.source, self.plan, self.layout = source, plan, layout
+        super().__init__(source, layout, max_samples)
+        self.plan = plan
         self.transform: Transform = EvalTransform(plan)
-        count = len(source) if max_samples is None else max_samples
-        rows = spread_rows(source.group_sizes, count)
-        self.share = -(-len(rows) // layout.world)  # neighbouring rows, so that ranks read different row groups
-        self.rows = rows[layout.rank * self.share : (layout.rank + 1) * self.share]
-        source.expect(1)
 
-    def __len__(self) -> int:
-        return -(-self.share // self.layout.per_device)
+    def sample(self, row: int, key: int) -> _Sample:
+        """One image; see :class:`TrainItems`."""
+        data, label = self.source.read(row)
+        return _Sample(self.transform(data, key), label, row, key)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Build batch number `index` of the rank's share."""
-        size = self.layout.per_device
-        samples, corrupt = [_Sample()] * size, []
-        for position, row in enumerate(self.rows[index * size : (index + 1) * size].tolist()):
-            try:
-                data, label = self.source.read(row)
-                samples[position] = _Sample(self.transform(data, 0), label, row, hash_key(row))
-            except (UnreadableImage, OSError):
-                corrupt.append(row)
-        return _assembled(self.plan, samples, corrupt=corrupt)
+    def assemble(self, samples: Sequence[_Sample | None], corrupt: list[int]) -> Batch:
+        """The batch, with zeros where there is no image; see :class:`EvalItems`."""
+        return _assembled(self.plan, [sample or _Sample() for sample in samples], corrupt=corrupt)
 
 
-class _Guarded(Dataset["Batch | UserError"]):
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+class _Guarded(Dataset["B | UserError"], Generic[B]):
     """Hands a :class:`UserError` over as a value: the DataLoader would bury the message of a raised one under a
     worker's traceback."""
 
-    def __init__(self, batches: Dataset[Batch]) -> None:
+    def __init__(self, batches: Dataset[B]) -> None:
         self.batches = batches
 
-    def __getitem__(self, index: int) -> Batch | UserError:
+    def __getitem__(self, index: int) -> B | UserError:
         try:
             with exif_warnings_silenced():
                 return self.batches[index]
@@ -152,7 +241,7 @@ class _Guarded(Dataset["Batch | UserError"]):
             return error
 
 
-class BatchLoader:
+class BatchLoader(Generic[B]):
     """Iterates over whole batches with a DataLoader; a worker's :class:`UserError` is raised as it was.
 
     Args:
@@ -166,7 +255,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        batches: Dataset[Batch],
+        batches: Dataset[B],
         indices: Sequence[int],
         workers: int,
         prefetch_factor: int,
@@ -175,9 +264,9 @@ class BatchLoader:
     ) -> None:
         self.batches, self.indices, self.parts = batches, indices, parts
         self.workers, self.prefetch_factor, self.pin_memory = workers, prefetch_factor, pin_memory
-        self._dataloader: DataLoader[Batch | UserError] | None = None
+        self._dataloader: DataLoader[B | UserError] | None = None
 
-    def _build(self) -> DataLoader[Batch | UserError]:
+    def _build(self) -> DataLoader[B | UserError]:
         return DataLoader(
             _Guarded(self.batches),
             batch_size=None,
@@ -193,16 +282,16 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self.indices) // self.parts
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[B]:
         if self._dataloader is None:
             self._dataloader = self._build()
-        parts: list[Batch] = []
+        parts: list[B] = []
         for item in self._dataloader:
             if isinstance(item, UserError):
                 break
             parts.append(item)
             if len(parts) == self.parts:
-                yield Batch.join(parts, self.pin_memory) if self.parts > 1 else item
+                yield parts[0].join(parts, self.pin_memory) if self.parts > 1 else item
                 parts = []
         else:
             return
@@ -230,7 +319,7 @@ def train_loader(
     workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
-) -> BatchLoader:
+) -> BatchLoader[Batch]:
     """This rank's micro batches of optimiser steps ``start_step … total_steps - 1``, in order.
 
     The batches do not depend on `workers`, nor on where the run was resumed; the global batch (the union over
@@ -256,7 +345,7 @@ def eval_loader(
     workers: int = 0,
     max_samples: int | None = None,
     pin_memory: bool = False,
-) -> BatchLoader:
+) -> BatchLoader[Batch]:
     """This rank's evaluation batches: each row once over all ranks, the same number of batches on every rank.
 
     Args:

@@ -1,12 +1,14 @@
 """From encoded bytes to the pixels of a view: decoding, cropping and resizing, by torchvision or by PIL throughout.
 
 torchvision decodes JPEGs to the very pixels of PIL. What differs is the resizing: torch's on uint8 tensors is several
-times as fast as PIL's, rounds its weights to 16 bits, and so ends up one level beside it here and there.
+times as fast as PIL's, rounds its weights to 16 bits, and so ends up a level beside it here and there.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +24,7 @@ from torch import Tensor
 CropBox = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels."""
 EXIF_WARNINGS = "Corrupt EXIF data|Possibly corrupt EXIF|Truncated File Read|Metadata Warning, tag"
-TORCHVISION_MODES = ("RGB", "L")  # of JPEGs; it has another formula for CMYK
+JPEG_START, JPEG_FRAMES = b"\xff\xd8\xff", (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 ANTIALIASED = ("bilinear", "bicubic")  # what torch has with antialiasing
 TALL = 100  # height ÷ width above which PIL resizes the columns before the rows
 
@@ -82,32 +84,22 @@ class PilPicture:
         return as_tensor(self.image.resize((side, side), Image.Resampling[interpolation.upper()]))
 
 
-@contextmanager
-def _readable() -> Iterator[None]:
-    """Turn whatever Pillow has against some bytes into :class:`UnreadableImage`."""
-    try:
-        yield
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, …
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
 def decode(data: bytes) -> Image.Image:
     """Decode to RGB: 16-bit grey by its high byte, alpha dropped, EXIF orientation ignored (as timm does).
 
     Raises:
         UnreadableImage: whatever Pillow has against these bytes.
     """
-    with _readable():
-        return _rgb(Image.open(io.BytesIO(data)))
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        image.load()
+        if image.mode.startswith("I"):
+            return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, …
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
 class PilDecoder:
@@ -157,7 +149,7 @@ class TensorPicture:
 
 
 class TorchvisionDecoder:
-    """Decodes RGB and grey JPEGs with torchvision and the rest with Pillow; torch crops and resizes all of them."""
+    """Plain JPEGs are decoded by torchvision and resized by torch; everything else is left to PIL."""
 
     def __init__(self) -> None:
         # imported here and not where it is used, so that worker processes are born with it
@@ -166,13 +158,25 @@ class TorchvisionDecoder:
         self._decode_jpeg = partial(decode_jpeg, mode=ImageReadMode.RGB)
 
     def __call__(self, data: bytes) -> Picture:
-        """As :func:`decode`: the same pixels, and the same bytes are unreadable."""
-        with _readable():
-            image = Image.open(io.BytesIO(data))  # reads the header only
-            if image.format == "JPEG" and image.mode in TORCHVISION_MODES:
-                with suppress(RuntimeError):  # Pillow has the last word
-                    return TensorPicture(self._decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
-            return TensorPicture(as_tensor(_rgb(image)))
+        """The pixels of :func:`decode`. Raises :class:`UnreadableImage`."""
+        if _is_plain_jpeg(data):
+            with suppress(RuntimeError):  # Pillow has the last word
+                return TensorPicture(self._decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
+        return PilPicture(decode(data))
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether this is a JPEG of 8-bit grey or RGB, and of a size that Pillow does not object to, by its frame header.
+
+    torchvision has another formula than Pillow for CMYK.
+    """
+    place = 2 if data.startswith(JPEG_START) else len(data)
+    while data[place : place + 1] == b"\xff" and place + 10 <= len(data):
+        if data[place + 1] in JPEG_FRAMES:
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, place + 4)
+            return bits == 8 and channels in (1, 3) and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
 
 
 DECODERS: Mapping[str, Callable[[], Decoder]] = {"torchvision": TorchvisionDecoder, "pil": PilDecoder}

@@ -1,10 +1,12 @@
 import multiprocessing
+import pickle
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kd_hf.config import AugmentConfig, DataConfig
 from kd_hf.data.draws import hash_key
@@ -73,6 +75,34 @@ def test_a_batch():
     assert batch.key.tolist() == [hash_key(3, 0, row, 0) for row in batch.row.tolist()]
     moved = batch.to("meta", non_blocking=True)
     assert moved.views["student"].is_meta and moved.key.is_meta and moved.mixing == batch.mixing
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_are_dense(workers):
+    for batch in (*batches(workers=workers), *eval_loader(Pictures(), VIEWS, batch_size=7, workers=workers)):
+        assert all(view.is_contiguous() for view in batch.views.values())
+
+
+def test_only_views_travel_as_tensors():
+    (batch,) = batches(total_steps=1)
+    state = batch.__getstate__()
+    assert [name for name, value in state.items() if isinstance(value, torch.Tensor)] == []
+    assert all(isinstance(view, torch.Tensor) for view in state["views"].values())
+    assert_equal([pickle.loads(pickle.dumps(batch))], [batch])
+
+
+def test_the_decoder_changes_pixels_only_and_little():
+    pictures = Pictures()
+    pictures.images = [encode(make_image(row, 120, 90), "JPEG") for row in range(40)]
+    cfg = CFG.model_copy(update={"augment": AugmentConfig(erasing=0.25, mixup=0.8)})
+    fast, slow = (batches(pictures, cfg.model_copy(update={"decoder": name})) for name in ("torchvision", "pil"))
+    for one, other in zip(fast, slow, strict=True):
+        for name in VIEWS:
+            assert (one.views[name].int() - other.views[name].int()).abs().max() <= 1
+    assert_equal([replace(batch, views={}) for batch in fast], [replace(batch, views={}) for batch in slow])
+    assert not all(
+        torch.equal(one.views["student"], other.views["student"]) for one, other in zip(fast, slow, strict=True)
+    )
 
 
 def test_epochs_differ_and_cover_the_rows():
@@ -226,6 +256,25 @@ def test_unreadable_rows_are_replaced_by_the_next_readable_one():
         reported += other.corrupt
     assert set(reported) == {5, 6, 39}
     assert_equal(batches(Pictures(damaged=(5, 39), missing=(6,)), workers=2), bad)
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "pil"])
+def test_truncated_jpegs_are_unreadable_rows(decoder):
+    pictures = Pictures(damaged=(5, 39))
+    pictures.images = [encode(make_image(row), "JPEG") for row in range(40)]
+    found = batches(pictures, CFG.model_copy(update={"decoder": decoder}), total_steps=5)
+    assert sorted(row for batch in found for row in batch.corrupt) == [5, 39]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_broken_exif_of_training_images_is_nobodys_business(capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pictures = Pictures()
+    pictures.images = [encode(make_image(row), "JPEG", exif=exif.tobytes()[:20] + b"\xff" * 9) for row in range(40)]
+    cfg = CFG.model_copy(update={"decoder": "pil"})
+    assert_equal(batches(pictures, cfg, workers=2), batches(pictures, cfg))
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_readable():
