@@ -37,7 +37,7 @@ def test_recipes_are_valid_and_short(tmp_path):
 
 def test_method_of_the_readme_passes_the_conformance_test():
     namespace: dict = {}
-    exec(blocks("python")[0], namespace)
+    exec(next(block for block in blocks("python") if "class PooledL1" in block), namespace)
     check_method(namespace["PooledL1"])
 
 
@@ -63,3 +63,13 @@ def test_launcher_configurations_parse():
     for file in sorted((ROOT / "accelerate_configs").glob("*.yaml")):
         config = load_config_from_file(str(file))
         assert config.num_processes == yaml.safe_load(file.read_text())["num_processes"]
+
+
+def test_the_python_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+    code = next(block for block in blocks("python") if "DistillTrainer(" in block)
+    shorter = code.replace('"num_train_epochs": 10', '"num_train_epochs": 3, "cpu_threads": 1')
+    assert shorter != code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(shorter, "README.md", "exec"), {})
+    assert re.search(r"% right, .* % as the teacher says\n$", capsys.readouterr().out)
+    assert (tmp_path / "runs/py_student/report/index.html").is_file()
