@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kd_hf.balance import Duration, DurationField, Weight
 
+_COCO_SIDES = tuple(range(480, 801, 16))
+
 
 class Block(BaseModel):
     """A recipe block: unknown keys are refused, values are coerced (so `1e-4` is a number)."""
@@ -144,6 +146,54 @@ class AugmentConfig(Block):
     """Repeated augmentation: how often each image occurs in a batch, with draws of its own."""
 
 
+class BoxAugment(Block):
+    """Sizes of images with boxes, and random changes to them; the defaults are those of DETR and ViDT.
+
+    A training image is flipped, then either resized or resized, cropped and resized. Every draw is keyed by (seed,
+    epoch, sample); all networks are shown the same pixels.
+    """
+
+    hflip: float = Field(0.5, ge=0, le=1)
+    crop: float = Field(0.5, ge=0, le=1)
+    """Probability that an image is cropped before it is resized."""
+    sizes: tuple[int, ...] = Field(_COCO_SIDES, min_length=1)
+    """Pixels of the shortest side in training; one of them is drawn."""
+    max_size: int = Field(1333, gt=0)
+    """The longest side at most, in training and evaluation; the shortest gives way."""
+    crop_sizes: tuple[int, ...] = Field((400, 500, 600), min_length=1)
+    """Pixels of the shortest side before a crop; the longest is free."""
+    crop_range: tuple[int, int] = (384, 600)
+    """Least and greatest side of a crop; both are drawn."""
+    multiple_of: int = Field(16, gt=0)
+    """Sides are rounded down to multiples of this, whereby images are distorted a little; 1 keeps them."""
+    eval_size: int = Field(800, gt=0)
+    """Pixels of the shortest side in evaluation."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> BoxAugment:
+        low, high = self.crop_range
+        if not 0 < low <= high:
+            raise ValueError("`crop_range` is the least and the greatest side of a crop, in this order")
+        if min(*self.sizes, *self.crop_sizes, self.max_size, self.eval_size) < self.multiple_of:
+            raise ValueError(f"no side may be below `multiple_of` = {self.multiple_of}")
+        return self
+
+
+class BoxData(Block):
+    """Where boxes are found, and which images are used."""
+
+    augment: BoxAugment = BoxAugment()
+    box_format: Literal["xywh", "xyxy"] = "xywh"
+    """What the four numbers of a box are in Parquet files and tables: COCO's left, top, width and height, or left, top,
+    right and bottom. COCO's own JSON files always have the first."""
+    annotations: dict[str, str] | None = None
+    """Split → COCO's JSON file, relative to `data.path`; by default `annotations/instances_<split>.json`."""
+    images: dict[str, str] | None = None
+    """Split → folder of its images, relative to `data.path`; by default the split's name, such as `train2017`."""
+    empty: Literal["keep", "drop"] = "keep"
+    """Whether training images without objects are used."""
+
+
 class DataConfig(Block):
     """Where images come from and what is done to them."""
 
@@ -156,6 +206,8 @@ class DataConfig(Block):
     eval_split: str = "validation"
     data_files: dict[str, str | list[str]] | None = None
     """Split → patterns of Parquet or tar files, relative to `path`."""
+    boxes: BoxData | None = None
+    """Images with boxes for object detection, instead of images with one class each; `{}` takes COCO's conventions."""
     streaming: bool = False
     """Read row groups as they are needed instead of the whole set first; the batches are the same."""
     image_column: str | None = None

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from kd_hf.config import DataConfig
+from kd_hf.config import BoxData, DataConfig
 from kd_hf.data.folders import IMAGE_SUFFIXES
 from kd_hf.data.source import EVAL_NAMES, Split
 from kd_hf.detection.categories import numbered_names
-from kd_hf.detection.config import BoxData
 from kd_hf.detection.objects import Objects, make_objects
 from kd_hf.detection.source import BoxSource
 from kd_hf.errors import UserError, nearest

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kd_hf.callbacks import watched
-from kd_hf.config import Recipe
+from kd_hf.config import BoxAugment, Recipe
 from kd_hf.data.loader import BatchLoader
 from kd_hf.detection.average_precision import Results, average_precision, need_pycocotools
 from kd_hf.detection.batch import BoxBatch
 from kd_hf.detection.categories import is_matched
-from kd_hf.detection.config import BoxAugment
 from kd_hf.detection.loader import EvalBatches, eval_loader
 from kd_hf.detection.objects import Objects
 from kd_hf.detection.postprocess import Detections, Head

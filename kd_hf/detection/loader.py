@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_hf.config import DataConfig
+from kd_hf.config import BoxAugment, DataConfig
 from kd_hf.data.loader import BatchLoader, EvalItems, TrainItems
 from kd_hf.data.order import Layout
 from kd_hf.detection.batch import BoxBatch, filled_up
-from kd_hf.detection.config import BoxAugment, check_data
+from kd_hf.detection.checks import check_data
 from kd_hf.detection.objects import Objects
 from kd_hf.detection.source import BoxSource
 from kd_hf.detection.views import EvalTransform, TrainTransform, View

@@ -14,8 +14,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from kd_hf.config import BoxAugment
 from kd_hf.data.pixels import decode
-from kd_hf.detection.config import BoxAugment
 from kd_hf.detection.evaluation import BoxSubject, Finder
 from kd_hf.detection.loader import eval_loader
 from kd_hf.detection.source import BoxSource

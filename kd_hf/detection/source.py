@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from kd_hf.config import DataConfig
+from kd_hf.config import BoxData, DataConfig
 from kd_hf.data.source import GIVEN_DATA, TABLE_PATTERNS, Split
 from kd_hf.detection.categories import UNUSED, category_ids
-from kd_hf.detection.config import BoxData, check_data
+from kd_hf.detection.checks import check_data
 from kd_hf.detection.objects import Objects, trainable
 from kd_hf.errors import UserError, nearest
 

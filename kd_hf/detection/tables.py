@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_hf.config import DataConfig
+from kd_hf.config import BoxData, DataConfig
 from kd_hf.data.columns import LABEL_NAMES, find_columns, image_bytes, plain_names
 from kd_hf.data.parquet import ParquetFiles
 from kd_hf.data.reading import library_errors
@@ -17,7 +17,6 @@ from kd_hf.data.rows import undecoded
 from kd_hf.data.source import Split, choose_split
 from kd_hf.data.tables import Listing, _list
 from kd_hf.detection.categories import LARGEST
-from kd_hf.detection.config import BoxData
 from kd_hf.detection.objects import Objects, make_objects
 from kd_hf.detection.source import BoxSource
 from kd_hf.errors import UserError, nearest

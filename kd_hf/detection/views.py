@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kd_hf.config import BoxAugment
 from kd_hf.data.draws import generator
 from kd_hf.data.pixels import CropBox, UnreadableImage, as_tensor, decode
-from kd_hf.detection.config import BoxAugment
 from kd_hf.detection.objects import Objects, Size, clipped, trainable, visible
 
 

@@ -2,9 +2,8 @@ import pickle
 
 import pytest
 
-from kd_hf.config import DataConfig
+from kd_hf.config import BoxData, DataConfig
 from kd_hf.detection.categories import UNUSED
-from kd_hf.detection.config import BoxData
 from kd_hf.detection.source import open_boxes
 from kd_hf.errors import UserError
 from tests.detection.scenes import Scenes, write_coco

@@ -3,9 +3,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from kd_hf.config import Recipe
+from kd_hf.config import BoxAugment, Recipe
 from kd_hf.detection.average_precision import Results, average_precision
-from kd_hf.detection.config import BoxAugment
 from kd_hf.detection.evaluation import BoxEvaluator, BoxSubject, Finder, measure_boxes
 from kd_hf.detection.loader import eval_loader
 from kd_hf.detection.stage import BoxStage

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_hf.config import AugmentConfig, DataConfig
+from kd_hf.config import AugmentConfig, BoxAugment, DataConfig
 from kd_hf.data.draws import hash_key
-from kd_hf.detection.config import BoxAugment
 from kd_hf.detection.loader import eval_loader, train_loader
 from kd_hf.detection.source import open_boxes
 from kd_hf.errors import UserError

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kd_hf.detection.config import BoxAugment
+from kd_hf.config import BoxAugment
 from kd_hf.detection.evaluation import BoxSubject
 from kd_hf.detection.pictures import TRUTH, detections, look
 from kd_hf.report.figures import DARK, LIGHT

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from kd_hf.config import DataConfig
+from kd_hf.config import BoxData, DataConfig
 from kd_hf.detection.categories import UNUSED
-from kd_hf.detection.config import BoxData
 from kd_hf.detection.objects import make_objects
 from kd_hf.detection.source import Counts, WithoutEmpty, checked, count_objects, open_boxes
 from kd_hf.errors import UserError

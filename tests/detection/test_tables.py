@@ -3,8 +3,7 @@ import pickle
 import datasets
 import pytest
 
-from kd_hf.config import DataConfig
-from kd_hf.detection.config import BoxData
+from kd_hf.config import BoxData, DataConfig
 from kd_hf.detection.source import open_boxes, open_given
 from kd_hf.errors import UserError
 from tests.detection.scenes import NAMES, Scenes, write_parquet

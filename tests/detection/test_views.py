@@ -5,9 +5,9 @@ from PIL import Image
 from torchvision.transforms import functional as F
 from transformers.image_transforms import get_size_with_aspect_ratio
 
+from kd_hf.config import BoxAugment
 from kd_hf.data.draws import generator, hash_key
 from kd_hf.data.pixels import UnreadableImage, as_tensor
-from kd_hf.detection.config import BoxAugment
 from kd_hf.detection.objects import make_objects
 from kd_hf.detection.views import Crop, EvalTransform, Flip, Resize, TrainTransform, draw_steps, fitted, take_view
 from tests.detection.scenes import Scenes, draw, scene

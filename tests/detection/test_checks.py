@@ -1,8 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from kd_hf.config import AugmentConfig, CropConfig, DataConfig
-from kd_hf.detection.config import BoxAugment, check_data
+from kd_hf.config import AugmentConfig, BoxAugment, CropConfig, DataConfig
+from kd_hf.detection.checks import check_data
 from kd_hf.errors import UserError
 
 
