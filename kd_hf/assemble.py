@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from kd_hf.models.load import load_model
 from kd_hf.models.parts import live_part
 from kd_hf.models.taps import TappedModel, tap_shapes
 from kd_hf.record import PLAIN
+from kd_hf.stored import StoredTeacher, check_methods
 
 GIVEN_NETWORK = "given:"  # begins the name of a network that a recipe can only name
 
@@ -34,11 +35,19 @@ class Assembly:
     choices: tuple[Choice, ...]
     module: DistillModule
     shapes: dict[str, Shapes]  # by model name ("student" or the teacher's), taps by tap name
+    stored: dict[str, StoredTeacher] = field(default_factory=dict)  # teachers of which only the outputs are there
 
-    def views(self) -> dict[str, Preprocessing]:
-        """How each network's training view looks, by model name; the student comes first."""
-        handles = {"student": self.student, **self.teachers}
-        return {name: view_of(handle.info, self.config_of(name), self.recipe) for name, handle in handles.items()}
+    def views(self, stored: bool = False) -> dict[str, Preprocessing]:
+        """How each network's training view looks, by model name; the student comes first.
+
+        Args:
+            stored: add what stored teachers were shown.
+        """
+        infos = {name: handle.info for name, handle in {"student": self.student, **self.teachers}.items()}
+        if stored:
+            infos |= {name: teacher.info for name, teacher in self.stored.items()}
+        order = [name for name in ("student", *self.recipe.all_teachers()) if name in infos]
+        return {name: view_of(infos[name], self.config_of(name), self.recipe) for name in order}
 
     def check_data(self, num_classes: int, described: str) -> None:
         """Raise :class:`UserError` when the student's head does not fit the data's labels."""
@@ -77,22 +86,28 @@ def assemble(
     seed = recipe.train.seed
     torch.manual_seed(hash_key(seed, "student") & 0x7FFFFFFFFFFFFFFF)
     alive = given or {}
-    student = alive.get("student") or _load(recipe.student, recipe, recipe.student.num_classes or num_classes, device)
+    classes = recipe.student.num_classes or num_classes
+    student = alive.get("student") or load_network(recipe.student, recipe, classes, device)
+    blocks = recipe.all_teachers()
+    stored = {name: StoredTeacher.open(name, cfg) for name, cfg in blocks.items() if cfg.store}
     teachers = {
-        name: alive.get(name) or _load(cfg, recipe, cfg.num_classes, device)
-        for name, cfg in recipe.all_teachers().items()
+        name: alive.get(name) or load_network(cfg, recipe, cfg.num_classes, device)
+        for name, cfg in blocks.items()
+        if name not in stored
     }
-    infos = {name: handle.info for name, handle in teachers.items()}
+    infos = {name: (stored.get(name) or teachers[name]).info for name in blocks}
     choices = choose_methods(recipe, student.info, infos)
+    check_methods(choices, stored)
     tapped = TappedModel(
         student, student.info, taps_of(choices), dist_head=any(choice.needs.dist_head for choice in choices)
     )
     shapes = {"student": _shapes(tapped, student.info, recipe.student, recipe)}
-    parts: dict[str, Mapping[str, nn.Module]] = {}
+    shapes |= {name: teacher.shapes for name, teacher in stored.items()}
+    parts: dict[str, Mapping[str, nn.Module]] = {name: {} for name in stored}
     tapped_teachers = {}
     for name, handle in teachers.items():
         tapped_teachers[name] = TappedModel(handle, handle.info, taps_of(choices, name))
-        shapes[name] = _shapes(tapped_teachers[name], handle.info, recipe.all_teachers()[name], recipe)
+        shapes[name] = _shapes(tapped_teachers[name], handle.info, blocks[name], recipe)
         needed = {part for choice in choices if choice.teacher == name for part in choice.needs.parts}
         parts[name] = {part: live_part(handle, part) for part in sorted(needed)}
     torch.manual_seed(hash_key(seed, "methods") & 0x7FFFFFFFFFFFFFFF)
@@ -101,7 +116,7 @@ def assemble(
     if recipe.train.activation_checkpointing:
         enable_checkpointing(student.network)
     module = DistillModule(tapped, methods, choices)
-    return Assembly(recipe, student, teachers, tapped_teachers, choices, module, shapes)
+    return Assembly(recipe, student, teachers, tapped_teachers, choices, module, shapes, stored)
 
 
 def enable_checkpointing(network: nn.Module) -> None:
@@ -116,9 +131,10 @@ def enable_checkpointing(network: nn.Module) -> None:
         raise UserError("train.activation_checkpointing: this student does not support it")
 
 
-def _load(
-    cfg: StudentConfig | TeacherConfig, recipe: Recipe, num_classes: int | None, device: str | torch.device
+def load_network(
+    cfg: StudentConfig | TeacherConfig, recipe: Recipe, num_classes: int | None, device: str | torch.device = "cpu"
 ) -> ModelHandle:
+    """Load the network of one block of a recipe; with random weights on the meta device."""
     if cfg.model is None:
         raise UserError(f"the teacher of {getattr(cfg, 'recipe', None)} has not been trained yet")
     if cfg.model.startswith(GIVEN_NETWORK):
@@ -134,6 +150,7 @@ def _load(
         drop_path=getattr(cfg, "drop_path", None),
         preprocessing=cfg.preprocessing,
         trust_remote_code=cfg.trust_remote_code,
+        allow_pickle=cfg.allow_pickle,
         device=device,
     )
 
@@ -142,25 +159,42 @@ def _shapes(model: TappedModel, info: ModelInfo, cfg: ModelConfig, recipe: Recip
     return Shapes(info.num_classes, tap_shapes(model, view_of(info, cfg, recipe).image_size))
 
 
-def teacher_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Recipes of the teachers that are to be trained by this project, by teacher name."""
+def teacher_recipes(recipe: Recipe, stored: bool = False) -> dict[str, Recipe]:
+    """Recipes of the teachers that are to be trained by this project, by teacher name.
+
+    Args:
+        recipe: of the student.
+        stored: also those of teachers whose outputs are stored, which need not be trained here.
+    """
     from kd_hf.recipe import load_recipe
 
-    return {name: load_recipe(cfg.recipe) for name, cfg in recipe.all_teachers().items() if cfg.recipe}
+    named = {name: cfg for name, cfg in recipe.all_teachers().items() if stored or not cfg.store}
+    return {name: load_recipe(cfg.recipe) for name, cfg in named.items() if cfg.recipe}
 
 
 def with_trained_teachers(recipe: Recipe) -> Recipe:
     """The recipe with every `teacher.recipe` replaced by the folder its student lies in."""
-    folders = {name: trained.train.output_dir for name, trained in teacher_recipes(recipe).items()}
+    folders = {name: trained.train.output_dir for name, trained in teacher_recipes(recipe, stored=True).items()}
     return _replace_teachers(recipe, {name: {"model": folder} for name, folder in folders.items()})
 
 
 def with_untrained_teachers(recipe: Recipe) -> Recipe:
-    """The recipe with every `teacher.recipe` replaced by the network that recipe trains, without its weights."""
-    students = {name: other.student for name, other in teacher_recipes(recipe).items()}
-    same = ("model", "revision", "num_classes", "image_size", "preprocessing", "kwargs", "trust_remote_code")
+    """The recipe with every `teacher.recipe` replaced by the network that recipe trains, without its weights.
+
+    A stored teacher becomes the network whose outputs it holds.
+    """
+    students = {name: other.student for name, other in teacher_recipes(recipe, stored=True).items()}
+    same = (*ModelConfig.model_fields,)
     changes = {name: {key: getattr(student, key) for key in same} for name, student in students.items()}
-    return _replace_teachers(recipe, changes)
+    return without_stores(_replace_teachers(recipe, changes))
+
+
+def without_stores(recipe: Recipe) -> Recipe:
+    """The recipe with networks in the place of stored teachers."""
+    change = {"store": None}
+    teachers = {name: cfg.model_copy(update=change) for name, cfg in recipe.teachers.items()}
+    teacher = recipe.teacher.model_copy(update=change) if recipe.teacher else None
+    return recipe.model_copy(update={"teacher": teacher, "teachers": teachers})
 
 
 def _replace_teachers(recipe: Recipe, changes: Mapping[str, Mapping[str, object]]) -> Recipe:

@@ -13,11 +13,13 @@ from kd_hf.assemble import Assembly
 from kd_hf.data.batch import Batch
 from kd_hf.data.draws import Draws
 from kd_hf.data.loader import train_loader
+from kd_hf.data.order import Layout
 from kd_hf.data.source import Source
 from kd_hf.data.views import DeviceStage
-from kd_hf.distill import DistillModule
+from kd_hf.distill import DistillModule, taps_of
 from kd_hf.methods.base import Outputs, Target
 from kd_hf.runtime import seed_networks
+from kd_hf.stored import Reader
 from kd_hf.teacher import Teacher
 
 
@@ -52,6 +54,7 @@ class Feed:
         batches: this rank's micro batches.
         stage: normalises, erases and mixes them on the device.
         teachers: by name.
+        stored: outputs of other teachers, by name.
         module: draws random numbers for its methods.
         active: the losses that count at an optimiser step.
         accumulation: micro batches of a step.
@@ -70,6 +73,7 @@ class Feed:
         module: DistillModule,
         active: Callable[[int], tuple[str, ...]],
         *,
+        stored: Mapping[str, Reader] | None = None,
         accumulation: int,
         start_step: int,
         seed: int,
@@ -79,6 +83,7 @@ class Feed:
     ) -> None:
         self.batches, self.stage, self.teachers, self.module, self.active = batches, stage, teachers, module, active
         self.accumulation, self.seed, self.rank, self.device = accumulation, seed, rank, device
+        self.stored = stored or {}
         self.count = start_step * accumulation
         self.ahead = ahead if ahead is not None else int(device.type == "cuda")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -103,7 +108,8 @@ class Feed:
 
     def _prepare(self) -> Lesson:
         batch = next(self.batches)
-        step, micro = divmod(self.count, self.accumulation)
+        number, keys = self.count, batch.key
+        step, micro = divmod(number, self.accumulation)
         self.count += 1
         with torch.cuda.stream(self.stream):  # None: does nothing
             batch = batch.to(self.device, non_blocking=True)
@@ -112,6 +118,8 @@ class Feed:
             read = {self.module.choices[name].teacher for name in active}  # one that is not read now does not run
             seed_networks(self.seed, step, micro, self.rank, "teachers")
             taught = {name: teacher(views[name]) for name, teacher in self.teachers.items() if name in read}
+            told = {name: reader for name, reader in self.stored.items() if name in read}
+            taught |= {name: reader(number, keys, self.device) for name, reader in told.items()}
             draws = self.module.draw(Draws(batch.key), active)
         return Lesson(views["student"], taught, target, draws, active, batch.corrupt)
 
@@ -128,6 +136,9 @@ def open_feed(
     """This rank's lessons of the optimiser steps ``start_step … total_steps - 1`` of a run."""
     args, views = parts.recipe.train, parts.views()
     accumulation = args.gradient_accumulation_steps
+    ranks = (accelerator.num_processes, accelerator.process_index)
+    layout = Layout(args.per_device_train_batch_size, *ranks, accumulation)
+    steps_per_epoch = len(source) // layout.global_batch
     batches = train_loader(
         source,
         parts.recipe.data,
@@ -149,6 +160,10 @@ def open_feed(
         teachers,
         parts.module,
         active,
+        stored={
+            name: teacher.reader(layout, steps_per_epoch, taps_of(parts.choices, name))
+            for name, teacher in parts.stored.items()
+        },
         accumulation=accumulation,
         start_step=start_step,
         seed=args.seed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,13 +35,18 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     from kd_hf.assemble import assemble, with_untrained_teachers
     from kd_hf.cost import memory_bytes, step_cost
     from kd_hf.recipe import recipe_hash
+    from kd_hf.stored import check_methods
 
     described = with_untrained_teachers(recipe)
     num_classes = _num_classes(recipe)
     parts = assemble(described, num_classes=num_classes, device="meta")
     train = recipe.train
     batch = train.per_device_train_batch_size * processes * train.gradient_accumulation_steps
+    stores = {name: cfg.store for name, cfg in recipe.all_teachers().items() if cfg.store}
+    check_methods(parts.choices, dict.fromkeys(stores))
     cost = step_cost(parts)
+    run = replace(cost, flops={name: 0 if name in stores else flops for name, flops in cost.flops.items()})
+    held = replace(parts, teachers={name: net for name, net in parts.teachers.items() if name not in stores})
     return {
         "recipe_hash": recipe_hash(recipe),
         "networks": {name: _network(parts, name) | {"macs_per_image": cost.flops[name] // 2} for name in parts.views()},
@@ -52,14 +58,15 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "optim": train.optim,
         "learning_rate": train.learning_rate,
         "length": _length(recipe, batch),
-        "cost_over_plain_training": round(cost.relative, 2),
+        "cost_over_plain_training": round(run.relative, 2),
         "memory_per_process_gib": {
-            name: round(size / 2**30, 2) for name, size in memory_bytes(parts, cost, train).items()
+            name: round(size / 2**30, 2) for name, size in memory_bytes(held, run, train).items()
         },
         "augmentation": _random(recipe),
         "order": "the image at (seed, epoch, position) is a pure function: the same on any number of processes "
         "and workers, and after a resume",
-        "gates": {name: _gate(recipe, name) for name in recipe.all_teachers()},
+        "gates": {name: _gate(recipe, name) for name in recipe.all_teachers() if name not in stores},
+        "stores": stores,
         "batch_coupled": [choice.name for choice in parts.choices if choice.needs.batch_coupled],
         "warnings": _warnings(parts),
     }
@@ -189,6 +196,7 @@ def describe(plan: dict[str, Any]) -> str:
         f"order      {plan['order']}",
     ]
     lines += [_describe_gate(name, gate) for name, gate in plan["gates"].items()]
+    lines += [f"stored     {name} does not run: its outputs are read from {at}" for name, at in plan["stores"].items()]
     if plan["batch_coupled"]:
         names = ", ".join(plan["batch_coupled"])
         lines.append(f"coupled    {names}: this loss mixes the images of one process's batch, so its size matters")
@@ -225,6 +233,7 @@ def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
             + (f", {views[name].image_size} px)" if name in views else ")")
             for name, info in networks.items()
         ),
+        *(f"{name:8} {teacher.describe()}" for name, teacher in parts.stored.items()),
         f"losses   {', '.join(losses)}",
         f"data     {data['train']}",
         f"random   {', '.join(_random(recipe)) or 'nothing'}",

@@ -116,13 +116,22 @@ class DistillTrainer:
         self.teachers = {
             name: Teacher(name, cfg, self.parts.teachers[name], self.parts.tapped_teachers[name], self.device, args)
             for name, cfg in self.recipe.all_teachers().items()
+            if name in self.parts.teachers
         }
+        self._check_stores()
         info, length = self.parts.student.info, self.length
         self.trained = Trainable(
             self.parts.module, info, self.recipe, accelerator, length.total_steps, length.steps_per_epoch
         )
         self.evaluator = self._evaluator(self.eval_source)
         self.window = LossWindow()
+
+    def _check_stores(self) -> None:
+        """Refuse stored teachers that were shown other images than this run shows, or fewer epochs."""
+        epochs = -(-self.length.total_steps // self.length.steps_per_epoch)
+        for teacher in self.parts.stored.values():
+            views = self.parts.views(stored=True)
+            teacher.check(self.recipe, self.train_source, views, self.length.global_batch, epochs)
 
     def _evaluator(self, source: Source) -> Evaluator:
         view = self.parts.student.info.preprocessing
@@ -162,6 +171,7 @@ class DistillTrainer:
         if stop.requested and self.state.global_step < self.length.total_steps:
             done = f"step {self.state.global_step} of {self.length.total_steps}"
             self.journal.say(f"stopped by {stop.name} after {done}, which is saved; the same command continues")
+            self.publication.leave()
             return TrainOutput.of(self.state, stop.name)
         return self._finish()
 
@@ -427,7 +437,8 @@ class DistillTrainer:
             self.run.write_recipe()
         self.state.log_history = self.journal.open(self.run.path, start, self.recipe.model_dump(mode="json"))
         where = f"{self.accelerator.num_processes} process(es) on {self.device}"
-        models = {"student": self.parts.student, **self.parts.teachers}
+        stored = {name: teacher.handle for name, teacher in self.parts.stored.items()}
+        models = {"student": self.parts.student, **self.parts.teachers, **stored}
         data = {"train": self.train_source.describe(), "eval": self.eval_source.describe()}
         self.journal.say(*announce(self.parts, data, f"{self.length}; {where}"))
         self.journal.write({"step": start, **run_facts(models, data, self.accelerator, self.length)})

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,13 +30,13 @@ _BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, 
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """The arguments of :func:`load_model`."""
 
     model: str
     pretrained: bool
     num_classes: int | None
-    image_size: int | None
+    image_size: int | None  # None for what takes images of any size
     revision: str | None
     kwargs: Mapping[str, Any]
     drop_path: float | None
@@ -47,6 +47,7 @@ class _Request:
 
     @property
     def on_meta(self) -> bool:
+        """Whether only the shapes are wanted."""
         return self.device is not None and self.device.type == "meta"
 
     @property
@@ -56,7 +57,7 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What a model name turned out to be; `folder` and `config` (its config.json) unless it is only a name."""
 
     library: str
@@ -101,7 +102,7 @@ def load_model(
     Raises:
         UserError: unknown name, unreachable or gated repository, no safetensors, or arguments that do not fit.
     """
-    request = _Request(
+    request = Request(
         model=model,
         pretrained=pretrained,
         num_classes=num_classes,
@@ -114,9 +115,9 @@ def load_model(
         allow_pickle=allow_pickle,
         device=None if device is None else torch.device(device),
     )
-    source = _locate(request)
-    with tempfile.TemporaryDirectory() as scratch, _building(request):
-        source = _with_weights_at_hand(request, source, Path(scratch))
+    source = locate(request, {LIBRARY: _from_student, "": _from_architecture, "timm": _from_architecture})
+    with tempfile.TemporaryDirectory() as scratch, building(request):
+        source = with_weights_at_hand(request, source, Path(scratch))
         load = {"timm": _load_timm, "transformers": _load_transformers, LIBRARY: _load_own}[source.library]
         handle = load(request, source)
     handle.network.eval()
@@ -125,7 +126,7 @@ def load_model(
     return handle
 
 
-def _with_weights_at_hand(request: _Request, source: _Source, scratch: Path) -> _Source:
+def with_weights_at_hand(request: Request, source: Source, scratch: Path) -> Source:
     """The source with safetensors in its folder, when weights are wanted."""
     if not request.weights or (source.folder is not None and any(source.folder.glob(WEIGHTS))):
         return source
@@ -141,8 +142,13 @@ def _with_weights_at_hand(request: _Request, source: _Source, scratch: Path) -> 
 # finding out what a name means
 
 
-def _locate(request: _Request) -> _Source:
-    """Resolve the name; downloads what is needed from the Hub."""
+def locate(request: Request, named: Mapping[str, Callable[[Request, str], Source]]) -> Source:
+    """Resolve the name; downloads what is needed from the Hub.
+
+    Args:
+        request: what is wanted.
+        named: how a name that is no folder is read, by what stands before its slash.
+    """
     scheme, _, rest = request.model.rpartition(":")
     name = rest if scheme in ("hf-hub", "local-dir") else request.model
     folder = _artefact_folder(Path(name).expanduser())
@@ -154,10 +160,8 @@ def _locate(request: _Request) -> _Source:
     owner, _, short = name.rpartition("/")
     if owner == "transformers":
         return _from_model_type(request, short)
-    if scheme != "hf-hub" and owner == LIBRARY:
-        return _from_student(request, short)
-    if scheme != "hf-hub" and owner in ("", "timm"):
-        return _from_architecture(request, short)
+    if scheme != "hf-hub" and owner in named:
+        return named[owner](request, short)
     return _from_hub(request, *name.partition("@")[::2])
 
 
@@ -165,7 +169,7 @@ def _artefact_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / "student") if (folder / "config.json").is_file()), None)
 
 
-def _from_folder(folder: Path) -> _Source:
+def _from_folder(folder: Path) -> Source:
     """Read config.json and tell from it which library wrote the folder."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -177,30 +181,31 @@ def _from_folder(folder: Path) -> _Source:
             "build it in Python, load model.safetensors into it and hand the network over"
         )
     if "architecture" in config:
-        return _Source("timm", config["architecture"], folder, config)
+        return Source("timm", config["architecture"], folder, config)
     if config.get("model_type") in OWN:
-        return _Source(LIBRARY, config["model_type"], folder, config)
+        return Source(LIBRARY, config["model_type"], folder, config)
     if "model_type" in config:
-        return _Source("transformers", config["model_type"], folder, config)
+        return Source("transformers", config["model_type"], folder, config)
     raise UserError(f"{folder}/config.json has neither `architecture` (timm) nor `model_type` (transformers)")
 
 
-def _from_model_type(request: _Request, model_type: str) -> _Source:
+def _from_model_type(request: Request, model_type: str) -> Source:
     from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"transformers has no model type '{model_type}'.{nearest(model_type, CONFIG_MAPPING.keys())}")
-    _refuse_weights(request)
-    return _Source("transformers", model_type)
+    refuse_weights(request)
+    return Source("transformers", model_type)
 
 
-def _from_student(request: _Request, name: str) -> _Source:
+def _from_student(request: Request, name: str) -> Source:
     student = find_student(name, request.model)
-    _refuse_weights(request)
-    return _Source(student.library, student.architecture, student=student)
+    refuse_weights(request)
+    return Source(student.library, student.architecture, student=student)
 
 
-def _refuse_weights(request: _Request) -> None:
+def refuse_weights(request: Request) -> None:
+    """Raise :class:`UserError` when weights are asked for by a name that has none."""
     if request.pretrained:
         raise UserError(
             f"model '{request.model}' is a random network of that type; for weights give a Hub id or a folder, "
@@ -208,7 +213,7 @@ def _refuse_weights(request: _Request) -> None:
         )
 
 
-def _from_architecture(request: _Request, name: str) -> _Source:
+def _from_architecture(request: Request, name: str) -> Source:
     """A name of timm's registry, whose weights, if wanted, lie on the Hub."""
     import timm
 
@@ -222,7 +227,7 @@ def _from_architecture(request: _Request, name: str) -> _Source:
     if tag and name not in tagged:
         raise UserError(f"model '{request.model}': timm has no weights '{name}'.{nearest(name, tagged)}")
     if not request.weights:
-        return _Source("timm", name)
+        return Source("timm", name)
     known_weights = timm.get_pretrained_cfg(name)
     repository = known_weights.hf_hub_id if known_weights is not None else None
     if not repository:
@@ -231,7 +236,7 @@ def _from_architecture(request: _Request, name: str) -> _Source:
     return _from_hub(request, repository, "")
 
 
-def _from_hub(request: _Request, repository: str, revision: str) -> _Source:
+def _from_hub(request: Request, repository: str, revision: str) -> Source:
     patterns = ["*.json"]
     if request.weights:
         patterns.append(WEIGHTS)
@@ -280,7 +285,7 @@ def _explain_download(error: BaseException) -> str:
 
 
 @contextmanager
-def _building(request: _Request) -> Iterator[None]:
+def building(request: Request) -> Iterator[None]:
     """Turn what the libraries raise on unfitting arguments into one line."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -295,7 +300,7 @@ def _building(request: _Request) -> Iterator[None]:
         raise UserError(_explain(request, " ".join(str(error).split()), type(error).__name__)) from error
 
 
-def _explain(request: _Request, text: str, kind: str) -> str:
+def _explain(request: Request, text: str, kind: str) -> str:
     """One line for what a constructor objected to, naming the recipe's key where it can be told."""
     if unknown := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text):
         return _unknown_argument(request, unknown[1], unknown[2])
@@ -304,7 +309,7 @@ def _explain(request: _Request, text: str, kind: str) -> str:
     return f"model '{request.model}' cannot be built: {kind}: {text[:300]}"
 
 
-def _unknown_argument(request: _Request, class_name: str, argument: str) -> str:
+def _unknown_argument(request: Request, class_name: str, argument: str) -> str:
     """The message for a constructor argument that a timm class does not take."""
     if argument == "drop_path_rate" and argument not in request.kwargs:
         return f"drop_path: model '{request.model}' has no stochastic depth; leave drop_path out"
@@ -317,7 +322,7 @@ def _unknown_argument(request: _Request, class_name: str, argument: str) -> str:
     )
 
 
-def _load_timm(request: _Request, source: _Source) -> ModelHandle:
+def _load_timm(request: Request, source: Source) -> ModelHandle:
     import timm
 
     if source.folder is not None:
@@ -339,12 +344,12 @@ def _load_timm(request: _Request, source: _Source) -> ModelHandle:
     if source.student and source.student.initialise:
         source.student.initialise(network)
     native = timm_preprocessing(network)
-    info = replace(describe_timm(network, request.model, _override(native, request)), native=native)
-    origin = _origin(request, source, arguments)
+    info = replace(describe_timm(network, request.model, overridden(native, request)), native=native)
+    origin = origin_of(request, source, arguments)
     return ModelHandle(network, info, origin, _timm_label_names(network, request, source))
 
 
-def _timm_label_names(network: Any, request: _Request, source: _Source) -> tuple[str, ...]:
+def _timm_label_names(network: Any, request: Request, source: Source) -> tuple[str, ...]:
     """The classes that the weights know, when the network still has as many; ImageNet's as synset ids."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -355,9 +360,51 @@ def _timm_label_names(network: Any, request: _Request, source: _Source) -> tuple
     return tuple(names) if len(names) == network.num_classes else ()
 
 
-def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageClassification
+def _load_transformers(request: Request, source: Source) -> ModelHandle:
+    from transformers import AutoModelForImageClassification
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
+    values, config = configuration(request, source)
+    if isinstance(CLASSES.get(source.architecture), tuple) and not config.architectures:
+        config.architectures = [CLASSES[source.architecture][0]]  # several classes: the plain one is first
+    if request.weights and source.folder is not None:
+        network = _with_weights(request, source.folder, config)
+    else:
+        with torch.device(request.device if request.on_meta and request.device else "cpu"):
+            network = AutoModelForImageClassification.from_config(config, trust_remote_code=request.trust_remote_code)
+    native = processor_preprocessing(processor_values(source.folder), config)
+    if "image_size" in values:  # built for that size, so it cannot be shown another
+        native = replace(native, image_size=values["image_size"])
+    info = replace(describe_transformers(network, request.model, overridden(native, request)), native=native)
+    origin = origin_of(request, source, values)
+    return ModelHandle(network, info, origin, config_label_names(config))
+
+
+def _load_own(request: Request, source: Source) -> ModelHandle:
+    """Build a network of this package, by name or from its artefact; the code in the artefact is not run."""
+    own = OWN[source.architecture]()
+    if source.folder is not None:
+        written = own.config.from_pretrained(source.folder)
+    else:
+        written = own.config(**(source.student.arguments if source.student else {}))
+    values = config_values(request, written)
+    config = own.config.from_dict(written.to_dict(), **values)
+    with torch.device("meta" if request.on_meta else "cpu"):
+        network = own.network(config)
+    if request.weights and source.folder is not None:
+        read_weights(network, source.folder)
+    native = processor_preprocessing(processor_values(source.folder), config)
+    if "image_size" in values:
+        native = replace(native, image_size=values["image_size"])
+    info = describe_timm(network, request.model, overridden(native, request))
+    info = replace(info, native=native, library=LIBRARY)
+    origin = origin_of(request, source, values)
+    return ModelHandle(network, info, origin, config_label_names(config))
+
+
+def configuration(request: Request, source: Source) -> tuple[dict[str, Any], Any]:
+    """What the request changes, and the changed configuration, of a network of transformers."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     trust = {"trust_remote_code": request.trust_remote_code}
     if "auto_map" in source.config and source.architecture not in CONFIG_MAPPING and not request.trust_remote_code:
@@ -365,50 +412,14 @@ def _load_transformers(request: _Request, source: _Source) -> ModelHandle:
             f"model '{request.model}' brings code of its own ({source.architecture}) that would run here; "
             "read it, then set trust_remote_code: true"
         )
-    if source.folder is not None:
-        values = _config_values(request, AutoConfig.from_pretrained(source.folder, **trust))
-        config = AutoConfig.from_pretrained(source.folder, **values, **trust)
-    else:
-        values = _config_values(request, CONFIG_MAPPING[source.architecture]())
-        config = AutoConfig.for_model(source.architecture, **values)
-        if isinstance(CLASSES.get(source.architecture), tuple) and not config.architectures:
-            config.architectures = [CLASSES[source.architecture][0]]  # several classes: the plain one is first
-    if request.weights and source.folder is not None:
-        network = _with_weights(request, source.folder, config)
-    else:
-        with torch.device(request.device if request.on_meta and request.device else "cpu"):
-            network = AutoModelForImageClassification.from_config(config, **trust)
-    native = processor_preprocessing(_processor(source.folder), config)
-    if "image_size" in values:  # built for that size, so it cannot be shown another
-        native = replace(native, image_size=values["image_size"])
-    info = replace(describe_transformers(network, request.model, _override(native, request)), native=native)
-    origin = _origin(request, source, values)
-    return ModelHandle(network, info, origin, config_label_names(config))
+    if source.folder is None:
+        values = config_values(request, CONFIG_MAPPING[source.architecture]())
+        return values, AutoConfig.for_model(source.architecture, **values)
+    values = config_values(request, AutoConfig.from_pretrained(source.folder, **trust))
+    return values, AutoConfig.from_pretrained(source.folder, **values, **trust)
 
 
-def _load_own(request: _Request, source: _Source) -> ModelHandle:
-    """Build a network of this package, by name or from its artefact; the code in the artefact is not run."""
-    own = OWN[source.architecture]()
-    if source.folder is not None:
-        written = own.config.from_pretrained(source.folder)
-    else:
-        written = own.config(**(source.student.arguments if source.student else {}))
-    values = _config_values(request, written)
-    config = own.config.from_dict(written.to_dict(), **values)
-    with torch.device("meta" if request.on_meta else "cpu"):
-        network = own.network(config)
-    if request.weights and source.folder is not None:
-        read_weights(network, source.folder)
-    native = processor_preprocessing(_processor(source.folder), config)
-    if "image_size" in values:
-        native = replace(native, image_size=values["image_size"])
-    info = describe_timm(network, request.model, _override(native, request))
-    info = replace(info, native=native, library=LIBRARY)
-    origin = _origin(request, source, values)
-    return ModelHandle(network, info, origin, config_label_names(config))
-
-
-def _config_values(request: _Request, config: Any) -> dict[str, Any]:
+def config_values(request: Request, config: Any) -> dict[str, Any]:
     """What the request changes in a transformers configuration; every key must be one the configuration has."""
     known = {*config.to_dict(), "num_labels"}
     for key in request.kwargs:
@@ -427,7 +438,7 @@ def _config_values(request: _Request, config: Any) -> dict[str, Any]:
     return values
 
 
-def _with_weights(request: _Request, folder: Path, config: Any) -> nn.Module:
+def _with_weights(request: Request, folder: Path, config: Any) -> nn.Module:
     """Read the weights of a transformers folder; only the classifier may be new."""
     from transformers import AutoModelForImageClassification
 
@@ -453,20 +464,22 @@ def _with_weights(request: _Request, folder: Path, config: Any) -> nn.Module:
     return network
 
 
-def _processor(folder: Path | None) -> dict[str, Any]:
+def processor_values(folder: Path | None) -> dict[str, Any]:
     """What preprocessor_config.json says, if it is there."""
     path = folder / "preprocessor_config.json" if folder else None
     return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
 
 
-def _override(own: Preprocessing, request: _Request) -> Preprocessing:
+def overridden(own: Preprocessing, request: Request) -> Preprocessing:
+    """A network's own preprocessing with the request's changes."""
     changes = request.preprocessing.model_dump(exclude_none=True) if request.preprocessing is not None else {}
     if request.image_size is not None:
         changes["image_size"] = request.image_size
     return replace(own, **changes)
 
 
-def _origin(request: _Request, source: _Source, arguments: Mapping[str, Any]) -> Origin:
+def origin_of(request: Request, source: Source, arguments: Mapping[str, Any]) -> Origin:
+    """Where a network came from; `arguments` are those it was built with."""
     # a folder of the Hub's cache is named after its commit, which says more than the branch that was asked for
     commit = source.folder.name if source.folder and source.folder.parent.name == "snapshots" else request.revision
     return Origin(source.library, source.architecture, request.model, commit, request.pretrained, dict(arguments))
