@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd_hf.config import HubConfig, ModelConfig, Recipe, StudentConfig, TeacherConfig
+from kd_hf.config import TASK, HubConfig, ModelConfig, Recipe, StudentConfig, TeacherConfig
 from kd_hf.data.draws import hash_key
-from kd_hf.distill import TASK, Choice, DistillModule, build_methods, choose_methods, taps_of
+from kd_hf.distill import Choice, DistillModule, build_methods, choose_methods, taps_of
 from kd_hf.errors import UserError
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
-from kd_hf.models.load import load_model
 from kd_hf.models.parts import live_part
-from kd_hf.models.taps import TappedModel, tap_shapes
+from kd_hf.models.taps import Tapped
 from kd_hf.record import PLAIN
 from kd_hf.stored import StoredTeacher, check_methods
+from kd_hf.task import task_of
 
 GIVEN_NETWORK = "given:"  # begins the name of a network that a recipe can only name
 
@@ -31,7 +31,7 @@ class Assembly:
     recipe: Recipe
     student: ModelHandle
     teachers: dict[str, ModelHandle]
-    tapped_teachers: dict[str, TappedModel]
+    tapped_teachers: dict[str, Tapped]
     choices: tuple[Choice, ...]
     module: DistillModule
     shapes: dict[str, Shapes]  # by model name ("student" or the teacher's), taps by tap name
@@ -48,12 +48,6 @@ class Assembly:
             infos |= {name: teacher.info for name, teacher in self.stored.items()}
         order = [name for name in ("student", *self.recipe.all_teachers()) if name in infos]
         return {name: view_of(infos[name], self.config_of(name), self.recipe) for name in order}
-
-    def check_data(self, num_classes: int, described: str) -> None:
-        """Raise :class:`UserError` when the student's head does not fit the data's labels."""
-        own = self.student.info.num_classes
-        if own != num_classes:
-            raise UserError(f"student.num_classes is {own}, but {described} has {num_classes} classes")
 
     def config_of(self, name: str) -> ModelConfig:
         """The recipe's block of a network."""
@@ -83,7 +77,7 @@ def assemble(
         device: "meta" builds shapes only, without memory or weights.
         given: networks that exist already, by name; the recipe's block of one says only how it is used.
     """
-    seed = recipe.train.seed
+    seed, task = recipe.train.seed, task_of(recipe)
     torch.manual_seed(hash_key(seed, "student") & 0x7FFFFFFFFFFFFFFF)
     alive = given or {}
     classes = recipe.student.num_classes or num_classes
@@ -98,15 +92,14 @@ def assemble(
     infos = {name: (stored.get(name) or teachers[name]).info for name in blocks}
     choices = choose_methods(recipe, student.info, infos)
     check_methods(choices, stored)
-    tapped = TappedModel(
-        student, student.info, taps_of(choices), dist_head=any(choice.needs.dist_head for choice in choices)
-    )
+    dist_head = any(choice.needs.dist_head for choice in choices)
+    tapped = task.tapped(student, student.info, taps_of(choices), dist_head)
     shapes = {"student": _shapes(tapped, student.info, recipe.student, recipe)}
     shapes |= {name: teacher.shapes for name, teacher in stored.items()}
     parts: dict[str, Mapping[str, nn.Module]] = {name: {} for name in stored}
     tapped_teachers = {}
     for name, handle in teachers.items():
-        tapped_teachers[name] = TappedModel(handle, handle.info, taps_of(choices, name))
+        tapped_teachers[name] = task.tapped(handle, handle.info, taps_of(choices, name))
         shapes[name] = _shapes(tapped_teachers[name], handle.info, blocks[name], recipe)
         needed = {part for choice in choices if choice.teacher == name for part in choice.needs.parts}
         parts[name] = {part: live_part(handle, part) for part in sorted(needed)}
@@ -140,7 +133,7 @@ def load_network(
     if cfg.model.startswith(GIVEN_NETWORK):
         raise UserError(f"'{cfg.model}': this network was handed over in Python and cannot be built from the recipe")
     weightless = str(device) == "meta"
-    return load_model(
+    return task_of(recipe).load(
         cfg.model,
         pretrained=cfg.pretrained and not weightless,
         num_classes=num_classes,
@@ -155,8 +148,8 @@ def load_network(
     )
 
 
-def _shapes(model: TappedModel, info: ModelInfo, cfg: ModelConfig, recipe: Recipe) -> Shapes:
-    return Shapes(info.num_classes, tap_shapes(model, view_of(info, cfg, recipe).image_size))
+def _shapes(model: Tapped, info: ModelInfo, cfg: ModelConfig, recipe: Recipe) -> Shapes:
+    return Shapes(info.num_classes, task_of(recipe).tap_shapes(model, view_of(info, cfg, recipe).image_size))
 
 
 def teacher_recipes(recipe: Recipe, stored: bool = False) -> dict[str, Recipe]:

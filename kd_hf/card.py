@@ -247,7 +247,7 @@ def _lineage(record: RunRecord) -> list[str]:
         rows.append([md.plain(name), md.code(network_name(record, name)), _origin(record, name), commit])
     losses = [["loss", "weight", "paper", "options other than the paper's"]]
     for name, (block, weight) in losses_of(record.recipe).items():
-        method = get_method(block.method or name)
+        method = get_method(record.recipe.method_of(name))
         until = f", until {span(block.until)}" if block.until else ""
         changed = flat(method.Config.model_validate(block.options).model_dump(mode="json", exclude_defaults=True))
         options = ", ".join(md.code(f"{key}: {value}") for key, value in changed.items())

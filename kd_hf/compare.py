@@ -233,7 +233,7 @@ def _flat_recipe(record: RunRecord, exclude_defaults: bool = False) -> dict[str,
         name: {
             "weight": weight if isinstance(weight, float) else weight_text(weight),
             **block.model_dump(mode="json", include=own, exclude_defaults=exclude_defaults),
-            **get_method(block.method or name)
+            **get_method(record.recipe.method_of(name))
             .Config.model_validate(block.options)
             .model_dump(mode="json", exclude_defaults=exclude_defaults),
         }

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kd_hf.balance import Duration, DurationField, Weight
 
+TASK = "task"  # the block of `methods` that is there unless it is turned off: the ordinary loss on labels
 _COCO_SIDES = tuple(range(480, 801, 16))
 
 
@@ -396,6 +397,21 @@ class Recipe(Block):
         if self.teacher is not None and self.teachers:
             raise ValueError("give either `teacher` or `teachers`")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _best_by_the_metric_of_the_task(cls, values: Any) -> Any:
+        """Detectors are compared by average precision, unless the recipe says otherwise."""
+        data, train = (values.get(name) if isinstance(values, dict) else None for name in ("data", "train"))
+        if not isinstance(data, dict) or not isinstance(train, dict) or data.get("boxes") is None:
+            return values
+        return {**values, "train": {"metric_for_best_model": "eval_ap", **train}}
+
+    def method_of(self, name: str) -> str:
+        """Which method a block of `methods` means: the one it names, else its own name, else the task's own loss."""
+        block = self.methods.get(name)
+        named = block.method if block is not None else None
+        return named or ("detection" if name == TASK and self.data.boxes is not None else name)
 
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """Teachers by name; a single `teacher` is called 'teacher'."""

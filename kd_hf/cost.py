@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_hf.assemble import Assembly
 from kd_hf.config import TrainConfig
-from kd_hf.models.taps import TappedModel
+from kd_hf.models.taps import Tapped
 
 GIB = 2**30
 # tensors of a parameter's size that an optimiser keeps; others are taken as Adam-like
@@ -62,7 +62,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
-def _forward_flops(model: TappedModel, size: int) -> int:
+def _forward_flops(model: Tapped, size: int) -> int:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         # the counter hooks the gradient of what enters a module, and without one a bare parameter (CaiT) has none
@@ -76,7 +76,7 @@ def _forward_flops(model: TappedModel, size: int) -> int:
     return counter.get_total_flops()
 
 
-def _saved_bytes(model: TappedModel, size: int) -> int:
+def _saved_bytes(model: Tapped, size: int) -> int:
     """Bytes per image that autograd keeps, parameters left out; measured at batch 2 for BatchNorm's sake."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import Tensor, nn
 
 from kd_hf.balance import Duration, Ramp, Weight, weight_at
-from kd_hf.config import DataConfig, MethodBlock, Recipe
+from kd_hf.config import TASK, DataConfig, MethodBlock, Recipe
 from kd_hf.data.draws import Draws
 from kd_hf.data.mix import is_mixing
 from kd_hf.errors import UserError, nearest
 from kd_hf.methods import get_method
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Target
 from kd_hf.models.info import ModelInfo, Shapes
-from kd_hf.models.taps import TappedModel, check_tap
-
-TASK = "task"
+from kd_hf.models.taps import Tapped
+from kd_hf.task import task_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def choose_methods(recipe: Recipe, student: ModelInfo, teachers: Mapping[str, Mo
         UserError: when a network lacks a tap, a teacher is missing, or the data's labels do not serve a method.
     """
     blocks = {TASK: MethodBlock(), **recipe.methods}
-    choices = [_choose(name, block, student, teachers) for name, block in blocks.items()]
+    choices = [_choose(recipe, name, block, student, teachers) for name, block in blocks.items()]
     active = tuple(choice for choice in choices if choice.weight != 0)
     if not active:
         raise UserError("methods: every weight is 0, so there is nothing to train")
@@ -61,8 +60,10 @@ def choose_methods(recipe: Recipe, student: ModelInfo, teachers: Mapping[str, Mo
     return active
 
 
-def _choose(name: str, block: MethodBlock, student: ModelInfo, teachers: Mapping[str, ModelInfo]) -> Choice:
-    method = get_method(block.method or name)
+def _choose(
+    recipe: Recipe, name: str, block: MethodBlock, student: ModelInfo, teachers: Mapping[str, ModelInfo]
+) -> Choice:
+    task, method = task_of(recipe), get_method(recipe.method_of(name))
     config = method.Config.model_validate(block.options)
     teacher = block.teacher or (next(iter(teachers)) if len(teachers) == 1 else None)
     taught = teachers.get(teacher) if teacher else None
@@ -74,10 +75,10 @@ def _choose(name: str, block: MethodBlock, student: ModelInfo, teachers: Mapping
         several = ", ".join(teachers)
         raise UserError(f"methods.{name}: there are several teachers ({several}); say which: `teacher: …`") from None
     for tap in needs.student.values():
-        check_tap(student, tap)
+        task.check_tap(student, tap)
     if taught is not None:
         for tap in needs.teacher.values():
-            check_tap(taught, tap)
+            task.check_tap(taught, tap)
     reads_teacher = bool(needs.teacher or needs.teacher_logits or needs.parts)
     weight = method.weight if block.weight is None else block.weight
     return Choice(name, method, config, needs, weight, block.until, teacher if reads_teacher else None)
@@ -116,7 +117,7 @@ class DistillModule(nn.Module):
         choices: what the recipe chose.
     """
 
-    def __init__(self, student: TappedModel, methods: Mapping[str, Method], choices: Sequence[Choice]) -> None:
+    def __init__(self, student: Tapped, methods: Mapping[str, Method], choices: Sequence[Choice]) -> None:
         super().__init__()
         self.student = student
         self.methods = nn.ModuleDict(methods)
@@ -147,7 +148,7 @@ class DistillModule(nn.Module):
         Returns:
             Unweighted scalar losses named ``block/part``.
         """
-        seen = self.student(pixels)
+        seen = self.student(pixels, target)
         losses: dict[str, Tensor] = {}
         for name, method in self.named_methods():
             if active is not None and name not in active:
@@ -165,7 +166,7 @@ class DistillModule(nn.Module):
 
 def by_role(outputs: Outputs, roles: Mapping[str, str]) -> Outputs:
     """The same outputs with the taps a method asked for, under the method's own names."""
-    return Outputs(outputs.logits, outputs.dist_logits, {role: outputs.taps[tap] for role, tap in roles.items()})
+    return replace(outputs, taps={role: outputs.taps[tap] for role, tap in roles.items()})
 
 
 def taps_of(choices: Sequence[Choice], teacher: str | None = None) -> tuple[str, ...]:

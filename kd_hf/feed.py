@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from kd_hf.assemble import Assembly
-from kd_hf.data.batch import Batch
 from kd_hf.data.draws import Draws
-from kd_hf.data.loader import train_loader
 from kd_hf.data.order import Layout
-from kd_hf.data.source import Source
-from kd_hf.data.views import DeviceStage
 from kd_hf.distill import DistillModule, taps_of
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.methods.base import Outputs
 from kd_hf.runtime import seed_networks
 from kd_hf.stored import Reader
+from kd_hf.task import task_of
 from kd_hf.teacher import Teacher
 
 
@@ -27,19 +25,17 @@ from kd_hf.teacher import Teacher
 class Lesson:
     """The arguments of :meth:`kd_hf.distill.DistillModule.forward` for one micro batch."""
 
-    pixels: Tensor
+    pixels: Any  # what a network takes: a tensor, or images of several sizes with their mask
     teachers: dict[str, Outputs]
-    target: Target
+    target: Any
     draws: dict[str, Mapping[str, Tensor]]
     active: tuple[str, ...]
     corrupt: list[int]  # rows of the batch that could not be read
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything in it that lies on the device."""
-        yield self.pixels
-        yield self.target.hard
-        if self.target.soft is not None:
-            yield self.target.soft
+        for part in (self.pixels, self.target):
+            yield from (part,) if isinstance(part, Tensor) else part.tensors()
         for outputs in self.teachers.values():
             yield outputs.logits
             yield from outputs.taps.values()
@@ -67,8 +63,8 @@ class Feed:
 
     def __init__(
         self,
-        batches: Iterator[Batch],
-        stage: DeviceStage,
+        batches: Iterator[Any],
+        stage: Callable[[Any], tuple[Mapping[str, Any], Any]],
         teachers: Mapping[str, Teacher],
         module: DistillModule,
         active: Callable[[int], tuple[str, ...]],
@@ -126,7 +122,7 @@ class Feed:
 
 def open_feed(
     parts: Assembly,
-    source: Source,
+    source: Any,
     teachers: Mapping[str, Teacher],
     active: Callable[[int], tuple[str, ...]],
     accelerator: Accelerator,
@@ -139,9 +135,10 @@ def open_feed(
     ranks = (accelerator.num_processes, accelerator.process_index)
     layout = Layout(args.per_device_train_batch_size, *ranks, accumulation)
     steps_per_epoch = len(source) // layout.global_batch
-    batches = train_loader(
+    task = task_of(parts.recipe)
+    batches = task.batches(
         source,
-        parts.recipe.data,
+        parts.recipe,
         views,
         per_device=args.per_device_train_batch_size,
         world=accelerator.num_processes,
@@ -156,7 +153,7 @@ def open_feed(
     )
     return Feed(
         iter(batches),
-        DeviceStage(views, parts.student.info.num_classes),
+        task.stage(source, views, parts.student.info),
         teachers,
         parts.module,
         active,

@@ -8,11 +8,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from kd_hf.config import GateConfig, TrainConfig
-from kd_hf.data.source import Source
+from kd_hf.config import GateConfig, Recipe
 from kd_hf.errors import UserError
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.info import Preprocessing
+from kd_hf.task import task_of
 from kd_hf.teacher import Teacher
 
 
@@ -78,9 +78,9 @@ def pass_gate(
     teachers: Mapping[str, Teacher],
     views: Mapping[str, Preprocessing],
     class_names: Sequence[str],
-    source: Source,
+    source: Any,
     accelerator: Accelerator,
-    cfg: TrainConfig,
+    recipe: Recipe,
     tell: Callable[[str, Mapping[str, Any]], None],
 ) -> None:
     """Measure the teachers whose gate is enabled, and refuse one that is below it; a call of all ranks.
@@ -91,18 +91,16 @@ def pass_gate(
         class_names: of the data.
         source: held-out images.
         accelerator: gives device and ranks.
-        cfg: the recipe's `train` block.
+        recipe: the run.
         tell: called with a line for a person and the numbers for the log.
 
     Raises:
         UserError: a teacher is below its gate, or knows the classes in another order.
     """
-    from kd_hf.evaluation import measure_teachers
-
     gated = {name: teacher for name, teacher in teachers.items() if teacher.cfg.gate.enabled}
     for name, teacher in gated.items():
         check_label_order(name, teacher.handle, class_names)
-    for result in measure_teachers(gated, views, source, accelerator, cfg):
+    for result in task_of(recipe).measure_teachers(gated, views, source, accelerator, recipe):
         warning = result.warning()
         numbers = {"step": 0, "gate": result.teacher, "top1": result.own, "top1_as_fed": result.fed}
         tell(result.describe() + (f"\nwarning: {warning}" if warning else ""), numbers)

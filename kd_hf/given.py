@@ -11,12 +11,12 @@ from torch import nn
 
 from kd_hf.assemble import GIVEN_NETWORK
 from kd_hf.config import Block, HubConfig, Recipe, TrainConfig
-from kd_hf.data.rows import open_rows
-from kd_hf.data.source import GIVEN_DATA, Source, Split, open_source, with_labels
+from kd_hf.data.source import GIVEN_DATA
 from kd_hf.errors import UserError
 from kd_hf.models.given import handle_of
 from kd_hf.models.handle import ModelHandle
 from kd_hf.recipe import make_recipe
+from kd_hf.task import task_of
 
 Network = str | nn.Module | ModelHandle
 Methods = Mapping[str, Any] | Sequence[str]
@@ -28,8 +28,8 @@ class Setup:
     """A run before anything is built: its recipe, its images, and the networks that exist already."""
 
     recipe: Recipe
-    train_source: Source
-    eval_source: Source
+    train_source: Any
+    eval_source: Any
     networks: Mapping[str, ModelHandle] = field(default_factory=dict)
     """By name in the recipe: "student", "teacher", or a teacher's own name."""
 
@@ -75,17 +75,9 @@ def read_setup(
         }
         recipe = make_recipe(values, _HERE)
         networks = {name: _shown_at(handle, recipe.data.image_size) for name, handle in networks.items()}
-    train_images = open_images(recipe, "train", train_dataset)
-    return Setup(recipe, train_images, open_images(recipe, "eval", eval_dataset, train_images.class_names), networks)
-
-
-def open_images(recipe: Recipe, split: Split, dataset: Any = None, classes: Sequence[str] | None = None) -> Source:
-    """The images of a split: a data set handed over in Python (with the training set's `classes`), or the recipe's."""
-    if dataset is None:
-        return open_source(recipe.data, split, recipe.train.seed)
-    columns = recipe.data.image_column, recipe.data.label_column
-    source = dataset if isinstance(dataset, Source) else open_rows(dataset, split, *columns, classes or None)
-    return with_labels(source, recipe.data, split, recipe.train.seed)
+    task = task_of(recipe)
+    images = task.open_images(recipe, "train", train_dataset)
+    return Setup(recipe, images, task.open_images(recipe, "eval", eval_dataset, images.class_names), networks)
 
 
 def _name_of(network: Network, networks: Mapping[str, ModelHandle]) -> str:

@@ -159,6 +159,17 @@ class Publisher:
         return repository.url
 
 
+def check_token(cfg: HubConfig, run_path: Path) -> None:
+    """See that there is a Hub and a token for `cfg`, before anything is downloaded or trained; changes nothing there.
+
+    Raises:
+        UserError: no token or an unknown one, offline, no network, or a bad id.
+    """
+    repository = _Repository(cfg, run_path)
+    with repository.telling("cannot push"):
+        _patiently(repository.api.whoami, _WAITS[:2])
+
+
 def push_run(folder: str | Path, overrides: Sequence[str] = ()) -> str:
     """Push the student of a finished run, whether or not its recipe asked for it; repeating it is harmless.
 

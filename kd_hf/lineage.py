@@ -99,7 +99,7 @@ def losses_of(recipe: Recipe) -> dict[str, tuple[MethodBlock, Weight]]:
 
     blocks = {TASK: MethodBlock(), **recipe.methods}
     weighed = {
-        name: (block, get_method(block.method or name).weight if block.weight is None else block.weight)
+        name: (block, get_method(recipe.method_of(name)).weight if block.weight is None else block.weight)
         for name, block in blocks.items()
     }
     return {name: found for name, found in weighed.items() if found[1] != 0}

@@ -148,7 +148,7 @@ def _with_all_options(recipe: Recipe, tree: _Tree) -> dict[str, MethodBlock]:
     teachers = recipe.all_teachers()
     blocks = {}
     for name, block in recipe.methods.items():
-        where, config = ("methods", name), get_method(block.method or name).Config
+        where, config = ("methods", name), get_method(recipe.method_of(name)).Config
         try:
             options = config.model_validate(block.options).model_dump(mode="json")
         except ValidationError as error:
@@ -346,7 +346,7 @@ def _resolved(recipe: Recipe) -> dict[str, Any]:
 
     values = recipe.model_dump(mode="json")
     for name, block in recipe.methods.items():
-        config = get_method(block.method or name).Config
+        config = get_method(recipe.method_of(name)).Config
         values["methods"][name] |= config.model_validate(block.options).model_dump(mode="json")
     return values
 

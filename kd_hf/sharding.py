@@ -22,7 +22,7 @@ from kd_hf.distill import Choice, DistillModule
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Outputs
 from kd_hf.models.info import ModelInfo
-from kd_hf.models.taps import TappedModel
+from kd_hf.models.taps import Tapped
 
 # options of `train` that would need FSDP2 to do what it has not been shown to do here
 _NOT_SHARDED = ("fp16", "torch_compile", "channels_last", "sync_batchnorm")
@@ -69,7 +69,7 @@ def _callable_units(module: nn.Module) -> list[nn.Module]:
     return [module] if any(True for _ in module.parameters()) else []
 
 
-def shard_network(model: TappedModel, info: ModelInfo, mesh: Any = None) -> None:
+def shard_network(model: Tapped, info: ModelInfo, mesh: Any = None) -> None:
     """Spread a network's parameters over the processes in place; it is then run through ``model(pixels)`` only.
 
     Between two runs a process holds its part of each parameter, cut along the first dimension; during a run the
@@ -86,7 +86,7 @@ def shard_network(model: TappedModel, info: ModelInfo, mesh: Any = None) -> None
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
-def shard_teacher(model: TappedModel, info: ModelInfo, device: torch.device) -> None:
+def shard_teacher(model: Tapped, info: ModelInfo, device: torch.device) -> None:
     """:func:`shard_network` over all processes of the run; moves the whole network to the device when there is one."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         model.to(device)

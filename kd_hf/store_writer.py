@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_hf.assemble import assemble, with_trained_teachers, without_stores
+from kd_hf.assemble import assemble, teacher_recipes, with_trained_teachers, without_stores
 from kd_hf.config import Recipe
 from kd_hf.data.batch import Batch
 from kd_hf.data.loader import BatchLoader, TrainBatches
@@ -32,6 +32,8 @@ from kd_hf.evaluation import eval_batch_size
 from kd_hf.files import sync, writing
 from kd_hf.gate import pass_gate
 from kd_hf.methods.base import Outputs
+from kd_hf.recipe import recipe_hash, trained_hash
+from kd_hf.record import STUDENT
 from kd_hf.run import run_length
 from kd_hf.runtime import build_accelerator, set_cpu_threads, versions
 from kd_hf.store import KEY, KEY_MASK, Manifest, Shard, StoredNetwork, class_type, describe_network, log_probabilities
@@ -73,6 +75,7 @@ class Speakers:
     """
 
     def __init__(self, recipe: Recipe, processes: int | None = None) -> None:
+        _check_trained(without_stores(recipe))
         self.recipe = recipe = without_stores(with_trained_teachers(recipe))
         for name, cfg in recipe.all_teachers().items():
             _check_fixed(name, cfg.mode, cfg.shard)
@@ -187,7 +190,7 @@ class Speakers:
         if any(teacher.cfg.gate.enabled for teacher in self.teachers.values()):
             held_out = open_source(self.recipe.data, "eval", self.recipe.train.seed)
             names = self.source.class_names
-            pass_gate(self.teachers, self.views, names, held_out, self.accelerator, self.recipe.train, tell)
+            pass_gate(self.teachers, self.views, names, held_out, self.accelerator, self.recipe, tell)
         return found
 
     def rows(self, said: Mapping[str, Outputs], top_k: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -205,6 +208,14 @@ class Speakers:
                     raise UserError(f"teacher '{name}': its tap '{tap}' has values that float16 cannot hold")
                 found[f"{name}_{tap}"] = half.cpu().numpy()
         return found
+
+
+def _check_trained(recipe: Recipe) -> None:
+    """Refuse a teacher whose recipe has not been run yet."""
+    for name, other in teacher_recipes(recipe).items():
+        if trained_hash(Path(other.train.output_dir) / STUDENT) != recipe_hash(other):
+            file = recipe.all_teachers()[name].recipe
+            raise UserError(f"teacher.recipe: {file} has not been trained; `python -m kd_hf.train {file}` does it")
 
 
 def _check_fixed(name: str, mode: str, shard: bool) -> None:

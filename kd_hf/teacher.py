@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kd_hf.config import TeacherConfig, TrainConfig
 from kd_hf.methods.base import Outputs
 from kd_hf.models.handle import ModelHandle
-from kd_hf.models.taps import TappedModel
+from kd_hf.models.taps import Tapped
 from kd_hf.sharding import shard_teacher
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +34,7 @@ class Teacher:
         name: str,
         cfg: TeacherConfig,
         handle: ModelHandle,
-        model: TappedModel,
+        model: Tapped,
         device: torch.device,
         args: TrainConfig,
     ) -> None:
@@ -62,11 +65,14 @@ class Teacher:
     def _mode_was_changed(self) -> bool:
         return self.model.network.training != (self.cfg.mode == "train")
 
-    def __call__(self, pixels: Tensor) -> Outputs:
-        """Outputs for normalised images ``[B, 3, H, W]``; float32 logits, taps in the teacher's dtype, no gradient."""
+    def __call__(self, pixels: Any) -> Outputs:
+        """Outputs for what the network takes, such as normalised images ``[B, 3, H, W]``.
+
+        Logits are float32, taps are in the teacher's dtype; there is no gradient.
+        """
         if self._mode_was_changed:
             self._hold_mode()
         # its own dtype rules: an autocast of the student's run must not reach it
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             outputs = self.model(pixels.to(self.dtype))
-        return Outputs(outputs.logits.float(), None, outputs.taps)
+        return replace(outputs, logits=outputs.logits.float(), dist_logits=None)

@@ -29,19 +29,20 @@ def train_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> TrainOutput:
         above: run folders of the recipes that need this one.
     """
     from kd_hf.assemble import plain_twin, teacher_recipes, with_trained_teachers
-    from kd_hf.recipe import recipe_hash, trained_hash
-    from kd_hf.record import STUDENT
+    from kd_hf.hub import check_token
     from kd_hf.trainer import DistillTrainer
 
     if recipe.train.output_dir in above:
         raise UserError(
             f"train.output_dir: '{recipe.train.output_dir}' is the run folder of a student and of its teacher's recipe"
         )
+    if recipe.hub.push_to_hub and is_main_process():
+        check_token(recipe.hub, Path(recipe.train.output_dir))  # now, not when a teacher has been trained for days
     needed = teacher_recipes(recipe)
     if recipe.baseline == "train":
         needed["plain twin"] = plain_twin(recipe)
     for name, other in needed.items():
-        if trained_hash(Path(other.train.output_dir) / STUDENT) == recipe_hash(other):
+        if _is_trained(other):
             continue
         _say(f"\n— training the {name} first: {other.train.output_dir}")
         output = train_recipe(other, (*above, recipe.train.output_dir))
@@ -50,6 +51,15 @@ def train_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> TrainOutput:
     if needed:
         _say(f"\n— training the student: {recipe.train.output_dir}")
     return DistillTrainer(with_trained_teachers(recipe)).train()
+
+
+def _is_trained(recipe: Recipe) -> bool:
+    """Whether the run folder holds the student of this very recipe."""
+    from kd_hf.assemble import with_trained_teachers
+    from kd_hf.recipe import recipe_hash, trained_hash
+    from kd_hf.record import STUDENT
+
+    return trained_hash(Path(recipe.train.output_dir) / STUDENT) == recipe_hash(with_trained_teachers(recipe))
 
 
 def _say(text: str) -> None:

@@ -14,14 +14,11 @@ from kd_hf import checkpoint as ckpt
 from kd_hf.assemble import Assembly, assemble
 from kd_hf.callbacks import CallbackList, TrainerControl, TrainerState, TrainOutput, read_log
 from kd_hf.config import HubConfig, Recipe, TrainConfig
-from kd_hf.data.mix import check_mixing
-from kd_hf.data.source import Source
 from kd_hf.distill import weights_at
 from kd_hf.errors import LocalError, UserError
-from kd_hf.evaluation import Evaluator
 from kd_hf.feed import Feed, open_feed
 from kd_hf.gate import pass_gate
-from kd_hf.given import Methods, Network, Setup, open_images, read_setup
+from kd_hf.given import Methods, Network, Setup, read_setup
 from kd_hf.journal import Journal, run_facts, shown_metrics
 from kd_hf.plan import announce
 from kd_hf.prediction import EvalPrediction, PredictionOutput, Predictions
@@ -29,6 +26,7 @@ from kd_hf.publish import Publication
 from kd_hf.run import RunFolder, run_length
 from kd_hf.runtime import StopSignal, build_accelerator, check_agreement, seed_networks, set_cpu_threads
 from kd_hf.sharding import check_sharding
+from kd_hf.task import task_of
 from kd_hf.teacher import Teacher
 from kd_hf.trainable import Trainable
 from kd_hf.window import LossWindow
@@ -82,10 +80,10 @@ class DistillTrainer:
         given = (student, teacher, methods, args, train_dataset, eval_dataset, data, eval, hub, processing_class)
         setup: Setup = read_setup(*given)
         self.recipe, self.compute_metrics = setup.recipe, compute_metrics
-        self.args = self.recipe.train
+        self.args, self.task = self.recipe.train, task_of(self.recipe)
         self.train_source, self.eval_source = setup.train_source, setup.eval_source
         self.parts: Assembly = assemble(self.recipe, self.train_source.num_classes, given=setup.networks)
-        self.parts.check_data(self.train_source.num_classes, self.train_source.describe())
+        self.task.check_classes(self.parts.student.info, self.train_source)
         pauses = any(choice.may_pause for choice in self.parts.choices) or "task" not in self.parts.module.choices
         self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=pauses)
         self.device = self.accelerator.device
@@ -110,7 +108,6 @@ class DistillTrainer:
     def _build(self) -> None:
         """Place everything on the device and hand the one module to accelerate."""
         args, accelerator = self.args, self.accelerator
-        check_mixing(self.recipe.data.augment, args.per_device_train_batch_size)
         check_sharding(self.recipe, self.parts.choices, accelerator)
         self.threads = set_cpu_threads(args.cpu_threads, accelerator.num_processes)
         self.teachers = {
@@ -133,9 +130,10 @@ class DistillTrainer:
             views = self.parts.views(stored=True)
             teacher.check(self.recipe, self.train_source, views, self.length.global_batch, epochs)
 
-    def _evaluator(self, source: Source) -> Evaluator:
+    def _evaluator(self, source: Any) -> Any:
         view = self.parts.student.info.preprocessing
-        return Evaluator(self.trained.students(), view, self.teachers, source, self.accelerator, self.recipe)
+        students = self.trained.students()
+        return self.task.evaluator(students, view, self.teachers, source, self.accelerator, self.recipe)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -151,6 +149,8 @@ class DistillTrainer:
         if finished:
             self.state.log_history = read_log(self.run.path)
             self.journal.say(f"{self.run.path} holds the finished run of this recipe; nothing to train")
+            if self.accelerator.is_main_process:
+                self.publication.catch_up()
             return TrainOutput.of(self.state)
         self._prepare_hub(wanted)
         self._resume(wanted)
@@ -275,7 +275,7 @@ class DistillTrainer:
             self.journal.write(dict(numbers))
 
         names, views = self.train_source.class_names, self.parts.views()
-        pass_gate(self.teachers, views, names, self.eval_source, self.accelerator, self.args, tell)
+        pass_gate(self.teachers, views, names, self.eval_source, self.accelerator, self.recipe, tell)
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure the student (its average too, when there is one) and the teachers on held-out images.
@@ -307,10 +307,10 @@ class DistillTrainer:
         self.callbacks.call("on_predict", self.state, self.control, metrics=metrics)
         return PredictionOutput(*found.gather(self.accelerator), metrics)
 
-    def _images(self, dataset: Any) -> Source:
-        return open_images(self.recipe, "eval", dataset, self.train_source.class_names)
+    def _images(self, dataset: Any) -> Any:
+        return self.task.open_images(self.recipe, "eval", dataset, self.train_source.class_names)
 
-    def _measured(self, evaluator: Evaluator, found: Predictions | None, prefix: str) -> dict[str, float]:
+    def _measured(self, evaluator: Any, found: Predictions | None, prefix: str) -> dict[str, float]:
         """An evaluator's metrics and the user's own, under names with a prefix."""
         values = dict(evaluator(found))
         if self.compute_metrics and found:

@@ -139,8 +139,10 @@ def test_where_a_store_lies_does_not_change_the_run_but_that_there_is_one_does(s
 
 
 def test_a_stored_teacher_with_a_recipe_is_not_trained(store, tmp_path):
-    recipe_file(tmp_path / "teacher.yaml", tmp_path / "teacher")
-    blocks = {"teacher": {"model": None, "recipe": str(tmp_path / "teacher.yaml"), "store": str(store)}}
+    file = recipe_file(tmp_path / "teacher.yaml", tmp_path / "teacher")
+    blocks = {"teacher": {"model": None, "recipe": str(file), "store": str(store)}}
+    with pytest.raises(UserError, match=rf"teacher\.recipe: {file} has not been trained"):
+        write_store(stored("unused", blocks), tmp_path / "s")
     run = stored(tmp_path / "student", blocks)
     with pytest.raises(UserError, match=r'teacher\.model is "test_convnext2" in the store and ".*/teacher" here'):
         train_recipe(run)

@@ -8,7 +8,7 @@ number (draws are arguments), never holds its outer weight (the recipe does), an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -70,6 +70,12 @@ class Target:
 
     hard: Tensor
     soft: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything in it that lies on the device."""
+        yield self.hard
+        if self.soft is not None:
+            yield self.soft
 
     def rows(self, num_classes: int, dtype: torch.dtype) -> Tensor:
         """Label rows ``[B, K]``: `soft`, or one-hot of `hard` (a zero row where unlabelled)."""

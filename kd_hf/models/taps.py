@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError, nearest
-from kd_hf.methods.base import Outputs
+from kd_hf.methods.base import Outputs, Target
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.info import ModelInfo
 
@@ -190,7 +190,13 @@ class _Hook:
             self.recorder.caught[self.key] = value.clone() if copy else value
 
 
-class TappedModel(nn.Module):
+class Tapped(nn.Module):
+    """A network that gives outputs with taps: what training needs to know of it."""
+
+    network: nn.Module
+
+
+class TappedModel(Tapped):
     """A network whose forward pass gives logits and the requested taps.
 
     Args:
@@ -227,8 +233,11 @@ class TappedModel(nn.Module):
             else:
                 _last_step(module).register_forward_hook(hook)
 
-    def forward(self, pixels: Tensor) -> Outputs:
-        """Run the network once on ``[B, 3, H, W]``; `taps` of the result are keyed by tap name."""
+    def forward(self, pixels: Tensor, target: Target | None = None) -> Outputs:
+        """Run the network once on ``[B, 3, H, W]``; `taps` of the result are keyed by tap name.
+
+        The target is for networks that are shown it in training; classifiers are not.
+        """
         self._recorder.caught = {}
         self._recorder.armed = True
         try:
