@@ -18,7 +18,7 @@ from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
 from kd_hf.models.parts import live_part
 from kd_hf.models.taps import Tapped
 from kd_hf.record import PLAIN
-from kd_hf.stored import StoredTeacher, check_methods
+from kd_hf.store.reader import StoredTeacher, check_methods
 from kd_hf.task import task_of
 
 GIVEN_NETWORK = "given:"  # begins the name of a network that a recipe can only name

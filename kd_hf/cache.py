@@ -18,7 +18,7 @@ from kd_hf.errors import UserError, is_main_process, run_command
 if TYPE_CHECKING:
     from kd_hf.config import Recipe
     from kd_hf.store import Manifest, Store
-    from kd_hf.store_writer import Part, Speakers
+    from kd_hf.store.writer import Part, Speakers
 
 SHARD_ROWS, TOP_K, VERIFIED = 100_000, 100, 64
 _LARGE_TAPS = 2000  # bytes an image and epoch that nobody is asked about
@@ -49,7 +49,7 @@ def write_store(
     Raises:
         UserError: outputs that cannot stand for the teacher, another store in `folder`, a full disk.
     """
-    from kd_hf.store_writer import Speakers, parts_of
+    from kd_hf.store.writer import Speakers, parts_of
 
     speakers = Speakers(recipe, processes)
     manifest = speakers.manifest(epochs, top_k, shard_rows, speakers.measure(_say))
@@ -117,7 +117,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
 
 def _forecast(speakers: Speakers, manifest: Manifest, missing: Sequence[Part], folder: Path) -> list[str]:
     """Lines about what will be written: how much, how long."""
-    from kd_hf.store_writer import free_bytes
+    from kd_hf.store.writer import free_bytes
 
     images = sum(len(part.rows) for part in missing)
     size = images * manifest.row_bytes
@@ -141,7 +141,7 @@ def _write(speakers: Speakers, manifest: Manifest, folder: Path, missing: Sequen
     from tqdm import tqdm
 
     from kd_hf.callbacks import watched
-    from kd_hf.store_writer import write_parts
+    from kd_hf.store.writer import write_parts
 
     accelerator = speakers.accelerator
     total, world = sum(len(part.rows) for part in missing), accelerator.num_processes
@@ -334,7 +334,7 @@ def main(argv: Sequence[str]) -> int:
             shard_rows=args.shard_rows,
         )
     if args.verify is not None:
-        from kd_hf.store_verify import verify_store
+        from kd_hf.store.verify import verify_store
 
         if found := verify_store(recipe, place, args.verify, args.processes):
             _say(f"{place} differs from the teacher: {found}")

@@ -110,7 +110,7 @@ class Compared:
 
     def facts(self) -> dict[str, Any]:
         """The row of the table, as plain values; None where nothing is known."""
-        from kd_hf.lineage import distilling, network_name
+        from kd_hf.card.lineage import distilling, network_name
 
         recipe, note = self.record.recipe, self.record.networks.get("student")
         return {
@@ -165,7 +165,7 @@ def lower_is_better(metric: str) -> bool:
 
 def exported_value(record: RunRecord, metric: str) -> float | None:
     """A logged number at the step whose weights were exported."""
-    from kd_hf.lineage import exported_step
+    from kd_hf.card.lineage import exported_step
 
     best = exported_step(record)
     values = [value for step, value in record.series(metric) if best is None or step == best]
@@ -223,7 +223,7 @@ def difference(runs: Sequence[Compared]) -> dict[str, list[Any]]:
 
 def _flat_recipe(record: RunRecord, exclude_defaults: bool = False) -> dict[str, Any]:
     """Dotted names → values, with the weight of every loss even where the recipe leaves it to the paper."""
-    from kd_hf.lineage import losses_of, weight_text
+    from kd_hf.card.lineage import losses_of, weight_text
     from kd_hf.methods import get_method
     from kd_hf.recipe import flat
 
@@ -324,7 +324,7 @@ def seeds_table(runs: Sequence[Compared], groups: Sequence[SeedGroup]) -> list[l
 
 
 def _label(metric: str) -> str:
-    from kd_hf.card_metadata import label_of
+    from kd_hf.card.metadata import label_of
 
     return label_of(metric.removeprefix("eval_"))
 
@@ -397,7 +397,7 @@ def compare(runs: Sequence[Compared], markdown: bool = False) -> str:
 
 
 def _rendered(rows: Sequence[Sequence[str]], left: int, markdown: bool) -> list[str]:
-    from kd_hf import markdown as md
+    from kd_hf.card import markdown as md
     from kd_hf.report import table
 
     if not markdown:

@@ -349,7 +349,7 @@ def _lines(rows: Sequence[Sequence[str]], markdown: bool) -> list[str]:
         from kd_hf.report import table
 
         return table(rows)
-    from kd_hf import markdown as md
+    from kd_hf.card import markdown as md
 
     return md.table([[md.plain(cell) for cell in row] for row in rows], left=2)
 

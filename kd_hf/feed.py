@@ -16,7 +16,7 @@ from kd_hf.data.order import Layout
 from kd_hf.distill import DistillModule, taps_of
 from kd_hf.methods.base import Outputs
 from kd_hf.runtime import seed_networks
-from kd_hf.stored import Reader
+from kd_hf.store.reader import Reader
 from kd_hf.task import task_of
 from kd_hf.teacher import Teacher
 

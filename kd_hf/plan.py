@@ -35,7 +35,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     from kd_hf.assemble import assemble, with_untrained_teachers
     from kd_hf.cost import memory_bytes, step_cost
     from kd_hf.recipe import recipe_hash
-    from kd_hf.stored import check_methods
+    from kd_hf.store.reader import check_methods
 
     described = with_untrained_teachers(recipe)
     num_classes = _num_classes(recipe)

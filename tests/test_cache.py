@@ -19,7 +19,7 @@ from kd_hf.errors import UserError
 from kd_hf.plan import describe, plan_recipe
 from kd_hf.recipe import RESOLVED, dump_recipe, recipe_hash
 from kd_hf.store import open_store
-from kd_hf.store_writer import Speakers
+from kd_hf.store.writer import Speakers
 from kd_hf.train import train_recipe
 from kd_hf.trainer import DistillTrainer
 from tests.hub.server import User, serve

@@ -5,8 +5,17 @@ import json
 import pytest
 
 from kd_hf.callbacks import LOG
+from kd_hf.card.lineage import (
+    dataset_id,
+    dataset_kind,
+    distilling,
+    hub_id,
+    network_name,
+    origin,
+    shown_path,
+    weight_text,
+)
 from kd_hf.files import write_text
-from kd_hf.lineage import dataset_id, dataset_kind, distilling, hub_id, network_name, origin, shown_path, weight_text
 from kd_hf.recipe import RESOLVED, dump_recipe
 from kd_hf.record import RunRecord
 from tests.runs import recipe

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from markdown_it import MarkdownIt
 
-from kd_hf import markdown as md
+from kd_hf.card import markdown as md
 
 ALPHABET = [
     "`",

@@ -20,7 +20,7 @@ from kd_hf.methods import get_method
 from kd_hf.methods.base import Outputs, Target
 from kd_hf.models.info import Preprocessing, Shapes
 from kd_hf.store import log_probabilities, open_store, rounding, spread
-from kd_hf.stored import StoredTeacher, asked_for, shown_images
+from kd_hf.store.reader import StoredTeacher, asked_for, shown_images
 from tests.data.conftest import encode, make_image
 from tests.data.test_loader import Pictures
 from tests.runs import TEACHER, merged, recipe
@@ -224,7 +224,7 @@ def test_files_are_parquet_that_datasets_reads(store, tmp_path):
 
 
 def test_a_row_takes_410_bytes_at_most(tmp_path):
-    from kd_hf.store_writer import PartFile
+    from kd_hf.store.writer import PartFile
 
     rows, values = 3000, np.random.default_rng(0)
     logits = torch.from_numpy(values.normal(size=(rows, C)).astype(np.float32)) * 2

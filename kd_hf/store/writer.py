@@ -37,7 +37,7 @@ from kd_hf.record import STUDENT
 from kd_hf.run import run_length
 from kd_hf.runtime import build_accelerator, set_cpu_threads, versions
 from kd_hf.store import KEY, KEY_MASK, Manifest, Shard, StoredNetwork, class_type, describe_network, log_probabilities
-from kd_hf.stored import asked_for, check_methods, depends_on_batch, digest, shown_images, trained_by
+from kd_hf.store.reader import asked_for, check_methods, depends_on_batch, digest, shown_images, trained_by
 
 DATA = "data"  # the folder of the files
 _GROUP_BYTES, _SHARD_BYTES = 16 << 20, 256 << 20

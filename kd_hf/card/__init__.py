@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_hf import markdown as md
-from kd_hf.card_metadata import BESIDE, card_data, label_of, read_config, result_entries, student_metrics
-from kd_hf.files import atomic_folder, write_text
-from kd_hf.lineage import (
+from kd_hf.card import markdown as md
+from kd_hf.card.lineage import (
     commit_of,
     distilling,
     exported_metrics,
@@ -24,6 +22,8 @@ from kd_hf.lineage import (
     span,
     weight_text,
 )
+from kd_hf.card.metadata import BESIDE, card_data, label_of, read_config, result_entries, student_metrics
+from kd_hf.files import atomic_folder, write_text
 from kd_hf.recipe import RESOLVED, dump_recipe, flat, recipe_hash
 from kd_hf.record import REPORT, RunRecord
 

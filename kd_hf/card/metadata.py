@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_hf.lineage import (
+from kd_hf.card.lineage import (
     commit_of,
     dataset_id,
     dataset_kind,

@@ -11,8 +11,8 @@ from torch import Tensor
 from kd_hf.config import Recipe
 from kd_hf.methods.base import Outputs
 from kd_hf.store import KEY, KEY_MASK, open_store, rounding
-from kd_hf.store_writer import Speakers
-from kd_hf.stored import Reader, StoredTeacher
+from kd_hf.store.reader import Reader, StoredTeacher
+from kd_hf.store.writer import Speakers
 
 # how far outputs of one network may lie apart from one batch size or machine to another, relative to 1 + |x|
 _NOISE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
