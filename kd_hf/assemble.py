@@ -149,7 +149,7 @@ def load_network(
 
 
 def _shapes(model: Tapped, info: ModelInfo, cfg: ModelConfig, recipe: Recipe) -> Shapes:
-    return Shapes(info.num_classes, task_of(recipe).tap_shapes(model, view_of(info, cfg, recipe).image_size))
+    return Shapes(info.num_classes, task_of(recipe).tap_shapes(model, recipe, view_of(info, cfg, recipe).image_size))
 
 
 def teacher_recipes(recipe: Recipe, stored: bool = False) -> dict[str, Recipe]:

@@ -64,6 +64,8 @@ class GateConfig(Block):
     """How many images of the evaluation split are shown to the teacher."""
     min_top1: float | None = Field(None, ge=0, le=100)
     """Refuse to train below this top-1 in percent; by default only a teacher at chance level is refused."""
+    min_ap: float | None = Field(None, ge=0, le=100)
+    """The same for a detector's average precision."""
 
 
 class TeacherConfig(ModelConfig):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_hf.assemble import Assembly
 from kd_hf.config import TrainConfig
-from kd_hf.models.taps import Tapped
+from kd_hf.task import task_of
 
 GIB = 2**30
 # tensors of a parameter's size that an optimiser keeps; others are taken as Adam-like
@@ -38,17 +39,15 @@ class StepCost:
 
 def step_cost(parts: Assembly) -> StepCost:
     """Count a step of one image; `parts` must be on the meta device."""
-    views = parts.views()
+    views, task = parts.views(), task_of(parts.recipe)
     flops = {}
     for name, model in (("student", parts.module.student), *parts.tapped_teachers.items()):
-        flops[name] = _forward_flops(model, views[name].image_size)
+        flops[name] = _forward_flops(model, partial(task.pretend, model, parts.recipe, views[name].image_size, 1))
     methods = {name: 2 * method.cost().macs for name, method in parts.module.named_methods()}
-    return StepCost(flops, methods, _saved_bytes(parts.module.student, views["student"].image_size))
-
-
-def _pixels(model: nn.Module, size: int, batch: int) -> Tensor:
-    reference = next(model.parameters())
-    return torch.zeros(batch, 3, size, size, device=reference.device, dtype=reference.dtype)
+    student, size = parts.module.student, views["student"].image_size
+    # at batch 2 for BatchNorm's sake
+    saved = _saved_bytes(student, partial(task.pretend, student, parts.recipe, size, 2)) // 2
+    return StepCost(flops, methods, saved)
 
 
 @contextmanager
@@ -62,22 +61,22 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
-def _forward_flops(model: Tapped, size: int) -> int:
+def _forward_flops(model: nn.Module, run: Callable[[], None]) -> int:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         # the counter hooks the gradient of what enters a module, and without one a bare parameter (CaiT) has none
         for parameter in learned:
             parameter.requires_grad_(False)
         with _mode(model, False), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(_pixels(model, size, 1))
+            run()
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
     return counter.get_total_flops()
 
 
-def _saved_bytes(model: Tapped, size: int) -> int:
-    """Bytes per image that autograd keeps, parameters left out; measured at batch 2 for BatchNorm's sake."""
+def _saved_bytes(model: nn.Module, run: Callable[[], None]) -> int:
+    """Bytes that autograd keeps of a pass in training, parameters left out."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -90,8 +89,8 @@ def _saved_bytes(model: Tapped, size: int) -> int:
 
     held: list[Any] = []
     with _mode(model, True), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(_pixels(model, size, 2))
-    return sum(kept.values()) // 2
+        run()
+    return sum(kept.values())
 
 
 def memory_bytes(parts: Assembly, cost: StepCost, train: TrainConfig) -> dict[str, int]:

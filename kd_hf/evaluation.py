@@ -19,7 +19,7 @@ from kd_hf.data.batch import Batch
 from kd_hf.data.loader import BatchLoader, eval_loader
 from kd_hf.data.source import Source
 from kd_hf.data.views import DeviceStage
-from kd_hf.gate import GateResult
+from kd_hf.gate import GateResult, guessing_top1
 from kd_hf.methods.base import Outputs
 from kd_hf.metrics import Accuracy, Calibration, Meter, Scored
 from kd_hf.models.info import Preprocessing
@@ -136,7 +136,7 @@ def runner(model: nn.Module, accelerator: Accelerator) -> Run:
         model.eval()
         with torch.no_grad(), accelerator.autocast():
             outputs: Outputs = model(pixels)
-        return Outputs(outputs.logits.float(), None, outputs.taps)
+        return replace(outputs, logits=outputs.logits.float(), dist_logits=None)
 
     return run
 
@@ -299,6 +299,7 @@ def measure_teachers(
         top1 = {key: value["top1"] for key, value in values.items() if "top1" in value}
         if "own" in top1:
             samples = int(values["own"]["samples"])
-            sizes = (own.image_size, fed[name].image_size)
-            results.append(GateResult(name, samples, top1["own"], top1.get("fed", top1["own"]), *sizes))
+            sizes, chance = (own.image_size, fed[name].image_size), guessing_top1(source.num_classes, samples)
+            fed_top1 = top1.get("fed", top1["own"])
+            results.append(GateResult(name, samples, top1["own"], fed_top1, *sizes, guessing=chance))
     return results

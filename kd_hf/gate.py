@@ -18,7 +18,7 @@ from kd_hf.teacher import Teacher
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate measured: top-1 in percent in the teacher's own preprocessing, and as training feeds it."""
+    """What the gate measured, in percent: in the teacher's own preprocessing, and as training feeds it."""
 
     teacher: str
     samples: int
@@ -26,10 +26,13 @@ class GateResult:
     fed: float
     own_size: int
     fed_size: int
+    metric: str = "top-1"
+    guessing: float = 0.0
+    """What a teacher that knows nothing may reach."""
 
     def describe(self) -> str:
         """One line for the log."""
-        text = f"teacher '{self.teacher}': top-1 {self.own:.1f} on {self.samples} held-out images"
+        text = f"teacher '{self.teacher}': {self.metric} {self.own:.1f} on {self.samples} held-out images"
         if self.fed_size == self.own_size and self.fed == self.own:
             return text
         text += f" in its own preprocessing ({self.own_size} px)"
@@ -44,22 +47,21 @@ class GateResult:
             "image_size and preprocessing (mean, std, interpolation) in the recipe"
         )
 
-    def check(self, gate: GateConfig, classes: int) -> None:
-        """Raise :class:`UserError` when the teacher is below the gate, or no better than guessing."""
-        if gate.min_top1 is not None and self.own < gate.min_top1:
-            raise UserError(
-                f"teacher '{self.teacher}' reaches top-1 {self.own:.1f} on {self.samples} held-out images, below "
-                f"gate.min_top1 = {gate.min_top1:g}; check its weights, preprocessing and label order"
-            )
-        chance = 100.0 / classes
-        # three standard errors above guessing, in percent
-        spread = 3.0 * (chance * (100.0 - chance) / max(1, self.samples)) ** 0.5
-        if gate.min_top1 is None and self.own <= chance + spread:
-            raise UserError(
-                f"teacher '{self.teacher}' reaches top-1 {self.own:.1f} on {self.samples} held-out images, no better "
-                f"than guessing among {classes} classes; check its weights, preprocessing and label order, or set "
-                "gate.enabled: false"
-            )
+    def check(self, gate: GateConfig, key: str = "min_top1") -> None:
+        """Raise :class:`UserError` when the teacher is below the gate's `key`, or no better than guessing."""
+        least: float | None = getattr(gate, key)
+        reached = f"teacher '{self.teacher}' reaches {self.metric} {self.own:.1f} on {self.samples} held-out images"
+        check = "check its weights, preprocessing and label order"
+        if least is not None and self.own < least:
+            raise UserError(f"{reached}, below gate.{key} = {least:g}; {check}")
+        if least is None and self.own <= self.guessing:
+            raise UserError(f"{reached}, no better than guessing; {check}, or set gate.enabled: false")
+
+
+def guessing_top1(classes: int, samples: int) -> float:
+    """Top-1 in percent that guessing among so many classes stays below: three standard errors above its mean."""
+    chance = 100.0 / classes
+    return chance + 3.0 * (chance * (100.0 - chance) / max(1, samples)) ** 0.5
 
 
 def check_label_order(name: str, handle: ModelHandle, class_names: Sequence[str]) -> None:
@@ -100,9 +102,9 @@ def pass_gate(
     gated = {name: teacher for name, teacher in teachers.items() if teacher.cfg.gate.enabled}
     for name, teacher in gated.items():
         check_label_order(name, teacher.handle, class_names)
-    for result in task_of(recipe).measure_teachers(gated, views, source, accelerator, recipe):
+    task, metric = task_of(recipe), task_of(recipe).metric
+    for result in task.measure_teachers(gated, views, source, accelerator, recipe):
         warning = result.warning()
-        numbers = {"step": 0, "gate": result.teacher, "top1": result.own, "top1_as_fed": result.fed}
+        numbers = {"step": 0, "gate": result.teacher, metric: result.own, f"{metric}_as_fed": result.fed}
         tell(result.describe() + (f"\nwarning: {warning}" if warning else ""), numbers)
-        teacher = gated[result.teacher]
-        result.check(teacher.cfg.gate, teacher.info.num_classes)
+        result.check(gated[result.teacher].cfg.gate, f"min_{metric}")

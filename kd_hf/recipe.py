@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kd_hf.config import MethodBlock, Recipe
+from kd_hf.config import TASK, MethodBlock, Recipe
 from kd_hf.errors import UserError, nearest
 
 Keys = tuple[str, ...]
@@ -134,11 +134,14 @@ def _validated(tree: _Tree) -> Recipe:
 def _check_method_names(methods: Mapping[str, Any], tree: _Tree) -> None:
     from kd_hf.methods import method_names
 
+    data = tree.values.get("data")
+    boxes = isinstance(data, dict) and data.get("boxes") is not None
+    known = {TASK, *method_names(boxes)}
     for name, block in methods.items():
         method = (block.get("method") if isinstance(block, dict) else None) or name
-        if method not in method_names():
+        if method not in known:
             place = tree.place(("methods", name))
-            raise UserError(f"{place}: unknown method '{method}'.{nearest(str(method), method_names())}")
+            raise UserError(f"{place}: unknown method '{method}'.{nearest(str(method), known)}")
 
 
 def _with_all_options(recipe: Recipe, tree: _Tree) -> dict[str, MethodBlock]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from kd_hf.config import Recipe
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from kd_hf.models.handle import ModelHandle
     from kd_hf.models.info import ModelInfo, Preprocessing
     from kd_hf.models.taps import Tapped
+    from kd_hf.prediction import Predictions
     from kd_hf.teacher import Teacher
 
 
@@ -28,6 +30,8 @@ class Task(ABC):
 
     metric: ClassVar[str]
     """The number that says how good a network is, in percent."""
+    pipeline_tag: ClassVar[str]
+    """What the Hub calls it."""
 
     @abstractmethod
     def open_images(
@@ -43,6 +47,14 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def noise(self, rows: int, size: int, num_classes: int) -> Any:
+        """Random images with labels, to see that a recipe runs."""
+
+    def small(self, recipe: Recipe) -> Recipe:
+        """The recipe with images that are quick to compute on, where their size decides nothing else."""
+        return recipe
+
+    @abstractmethod
     def load(self, model: str, **options: Any) -> ModelHandle:
         """Load or build a network; options as of :func:`kd_hf.models.load.load_model`."""
 
@@ -53,8 +65,24 @@ class Task(ABC):
         """The network as a module that gives outputs with these taps."""
 
     @abstractmethod
-    def tap_shapes(self, model: Tapped, image_size: int) -> dict[str, tuple[int, ...]]:
+    def tap_shapes(self, model: Tapped, recipe: Recipe, image_size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a tapped network's taps, without the batch dimension."""
+
+    @abstractmethod
+    def pretend(self, model: Tapped, recipe: Recipe, image_size: int, count: int) -> None:
+        """Run a tapped network of the meta device on images without content, for whoever counts what it does."""
+
+    @abstractmethod
+    def example(self, view: Preprocessing, recipe: Recipe, device: torch.device) -> Any:
+        """One random input of a network that is shown `view`."""
+
+    @abstractmethod
+    def predictions(self) -> Predictions:
+        """What collects a network's outputs over a data set.
+
+        Raises:
+            UserError: this task has no such thing.
+        """
 
     @abstractmethod
     def check_tap(self, info: ModelInfo, tap: str) -> None:
@@ -103,7 +131,7 @@ class Task(ABC):
 class Classification(Task):
     """One class an image."""
 
-    metric = "top1"
+    metric, pipeline_tag = "top1", "image-classification"
 
     def open_images(
         self, recipe: Recipe, split: Split, dataset: Any = None, classes: Sequence[str] | None = None
@@ -119,6 +147,12 @@ class Classification(Task):
         source = dataset if given else open_rows(dataset, split, data.image_column, data.label_column, classes or None)
         return with_labels(source, data, split, seed)
 
+    def noise(self, rows: int, size: int, num_classes: int) -> Any:
+        """See :class:`Task`."""
+        from kd_hf.data.noise import NoiseSource
+
+        return NoiseSource(rows, size, num_classes)
+
     def load(self, model: str, **options: Any) -> ModelHandle:
         """See :class:`Task`."""
         from kd_hf.models.load import load_model
@@ -133,11 +167,27 @@ class Classification(Task):
 
         return TappedModel(model, info, taps, dist_head)
 
-    def tap_shapes(self, model: Any, image_size: int) -> dict[str, tuple[int, ...]]:
+    def tap_shapes(self, model: Any, recipe: Recipe, image_size: int) -> dict[str, tuple[int, ...]]:
         """See :class:`Task`."""
         from kd_hf.models.taps import tap_shapes
 
         return tap_shapes(model, image_size)
+
+    def pretend(self, model: Tapped, recipe: Recipe, image_size: int, count: int) -> None:
+        """See :class:`Task`."""
+        reference = next(model.parameters())
+        size = (count, 3, image_size, image_size)
+        model(torch.zeros(size, device=reference.device, dtype=reference.dtype))
+
+    def example(self, view: Preprocessing, recipe: Recipe, device: torch.device) -> Any:
+        """See :class:`Task`."""
+        return torch.randn(1, 3, view.image_size, view.image_size, device=device)
+
+    def predictions(self) -> Predictions:
+        """See :class:`Task`."""
+        from kd_hf.prediction import Predictions
+
+        return Predictions()
 
     def check_tap(self, info: ModelInfo, tap: str) -> None:
         """See :class:`Task`."""

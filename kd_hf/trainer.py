@@ -176,12 +176,12 @@ class DistillTrainer:
         return self._finish()
 
     def _loop(self, stop: StopSignal) -> None:
-        feed = self._feed()
+        feed = self.feed()
         while self.state.global_step < self.length.total_steps and not self.control.should_training_stop:
             if self.state.global_step % self.length.steps_per_epoch == 0:
                 self.callbacks.call("on_epoch_begin", self.state, self.control)
             self.callbacks.call("on_step_begin", self.state, self.control)
-            self._step(feed)
+            self.step(feed)
             self.state.global_step += 1
             self.state.epoch = self.state.global_step / self.length.steps_per_epoch
             self.journal.progress.advance()
@@ -215,14 +215,16 @@ class DistillTrainer:
             self.callbacks.call("on_epoch_end", self.state, control)
         return stopping and not last
 
-    def _feed(self) -> Feed:
+    def feed(self) -> Feed:
+        """The lessons that are left of the run."""
+
         def active(step: int) -> tuple[str, ...]:
             return tuple(name for name, weight in self.weights(step).items() if weight != 0)
 
         start, total = self.state.global_step, self.length.total_steps
         return open_feed(self.parts, self.train_source, self.teachers, active, self.accelerator, start, total)
 
-    def _step(self, feed: Feed) -> None:
+    def step(self, feed: Feed) -> None:
         """One optimiser step over the micro-batches of a global batch."""
         step, module = self.state.global_step, self.trained.wrapped
         self.learning_rate = self.trained.schedule.set(step)
@@ -287,7 +289,7 @@ class DistillTrainer:
         Returns:
             ``eval_top1``, ``eval_top5``, ``eval_agreement`` … in percent, of the weights that will be exported.
         """
-        evaluator, found = self.evaluator, Predictions() if self.compute_metrics else None
+        evaluator, found = self.evaluator, self.task.predictions() if self.compute_metrics else None
         if eval_dataset is not None:
             evaluator = self._evaluator(self._images(eval_dataset))
         metrics = self._measured(evaluator, found, metric_key_prefix)
@@ -301,7 +303,7 @@ class DistillTrainer:
 
     def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
         """The student's logits ``[N, K]`` and the labels ``[N]`` of a data set, in its order, and the metrics."""
-        found = Predictions()
+        found = self.task.predictions()
         evaluator = self._evaluator(self._images(test_dataset))
         metrics = self._measured(evaluator, found, metric_key_prefix)
         self.callbacks.call("on_predict", self.state, self.control, metrics=metrics)

@@ -78,7 +78,7 @@ def gate(artefact: Path, data: DataConfig) -> None:
     teacher = Teacher("teacher", cfg, handle, TappedModel(handle, handle.info, ()), accelerator.device, args)
     for fed, lossy in ((VIEW, False), (IMAGENET, True)):
         (result,) = measure_teachers({"teacher": teacher}, {"teacher": fed}, source, accelerator, args)
-        result.check(cfg.gate, handle.info.num_classes)
+        result.check(cfg.gate)
         print(result.describe())
         print(f"warning: {result.warning()}" if result.warning() else "no warning")
         assert bool(result.warning()) == lossy

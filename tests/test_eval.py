@@ -16,7 +16,7 @@ from kd_hf.config import DataConfig, GateConfig, PreprocessingConfig
 from kd_hf.data.source import open_source
 from kd_hf.errors import UserError
 from kd_hf.eval import evaluate_models, main
-from kd_hf.gate import GateResult, check_label_order
+from kd_hf.gate import GateResult, check_label_order, guessing_top1
 from kd_hf.models.load import load_model
 from kd_hf.trainer import DistillTrainer
 from tests.runs import recipe
@@ -160,13 +160,15 @@ def test_gate_of_a_teacher_at_another_size(trained, tmp_path):
 
 def test_gate_result():
     fine = GateResult("t", 200, own=80.0, fed=79.0, own_size=224, fed_size=224)
-    fine.check(GateConfig(), 1000)
+    fine.check(GateConfig())
     assert fine.warning() is None
     assert GateResult("t", 200, own=80.0, fed=70.0, own_size=224, fed_size=160).warning() is not None
     with pytest.raises(UserError, match=r"below gate\.min_top1 = 85"):
-        fine.check(GateConfig(min_top1=85), 1000)
-    with pytest.raises(UserError, match="no better than guessing among 10 classes"):
-        GateResult("t", 200, own=11.0, fed=11.0, own_size=224, fed_size=224).check(GateConfig(), 10)
+        fine.check(GateConfig(min_top1=85))
+    chance = guessing_top1(10, 200)
+    assert 16 < chance < 17
+    with pytest.raises(UserError, match=r"reaches top-1 11\.0 on 200 held-out images, no better than guessing"):
+        GateResult("t", 200, own=11.0, fed=11.0, own_size=224, fed_size=224, guessing=chance).check(GateConfig())
 
 
 def test_label_order_is_compared_by_name():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kd_hf.data.noise import NoiseSource
 from kd_hf.errors import UserError
 from kd_hf.recipe import load_recipe
-from kd_hf.smoke import NoiseSource, smoke, smoke_recipe
+from kd_hf.smoke import smoke, smoke_recipe
 from tests.runs import ROOT, TEACHER, recipe, run
 
 REPRESENTATIVE = ("quickstart", "mgd_resnet34_resnet18", "vitkd_nkd_deit3_small_deit_tiny", "uskd_resnet18")
@@ -42,9 +43,9 @@ def test_the_command_keeps_nothing(tmp_path):
 
 
 def test_a_student_that_changes_on_its_way_is_noticed(tmp_path, monkeypatch):
-    from kd_hf import smoke as module
+    from kd_hf.task import Classification
 
-    original = module.load_model
+    original = Classification.load
 
     def altered(*args, **kwargs):
         handle = original(*args, **kwargs)
@@ -53,7 +54,7 @@ def test_a_student_that_changes_on_its_way_is_noticed(tmp_path, monkeypatch):
                 parameter.add_(0.1)
         return handle
 
-    monkeypatch.setattr(module, "load_model", altered)
+    monkeypatch.setattr(Classification, "load", altered)
     with pytest.raises(UserError, match="the reloaded student differs"):
         smoke(recipe(tmp_path / "run", {"student": {"num_classes": 10}}), tmp_path / "small")
 

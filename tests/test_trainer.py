@@ -185,7 +185,8 @@ def test_callbacks_see_every_event_in_order(tmp_path):
     options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     DistillTrainer(recipe(tmp_path, {"train": options}), callbacks=[recorder]).train()
     step = ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log"]
-    begin, end = ["on_init_end", "on_train_begin", "on_epoch_begin"], ["on_log", "on_evaluate", "on_save", "on_train_end"]
+    begin = ["on_init_end", "on_train_begin", "on_epoch_begin"]
+    end = ["on_log", "on_evaluate", "on_save", "on_train_end"]
     assert recorder.events == [*begin, *step, *step, *end]
 
 

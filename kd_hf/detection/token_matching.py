@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +22,8 @@ from kd_hf.methods.losses import exact, frozen, full_precision
 from kd_hf.methods.orthogonal import Map, OrthogonalProjection
 from kd_hf.models.info import ModelInfo, Shapes
 
-if TYPE_CHECKING:
-    from kd_hf.detection.vidt import ViDTOutput
-
 PATCH, VALID, BODY, NECK = "patch", "valid", "body", "neck"
 SPREAD = 1e-6  # the least standard deviation that a channel is divided by
-
-
-def detection_taps(output: ViDTOutput) -> dict[str, Tensor]:
-    """What a pass of ViDT gives, by tap name.
-
-    ``patch:0``, ``patch:1``, … ``[B, D, H, W]``; ``valid:0``, … bool ``[B, H, W]``, True where a token is of the image;
-    ``body`` ``[B, Q, D]``; ``neck`` ``[B, S, Q, D]``.
-    """
-    levels = output.patch_tokens or ()
-    taps = {f"{PATCH}:{level}": tokens for level, tokens in enumerate(levels)}
-    taps |= {f"{VALID}:{level}": mask for level, mask in enumerate(output.patch_masks or ())}
-    named = {BODY: output.body_tokens, NECK: output.neck_tokens}
-    return taps | {name: tokens for name, tokens in named.items() if tokens is not None}
 
 
 def standardise_channels(rows: Tensor) -> Tensor:
@@ -69,7 +52,7 @@ class TokenMethod(Method):
     def needs(cls, cfg: TokenConfig, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
         """All token taps, and the student's padding masks where they matter."""
         require_teacher(cls.name, teacher, student, same_classes=False)
-        taps = {f"{PATCH}_{level}": f"{PATCH}:{level}" for level in range(cfg.levels)} | {BODY: BODY, NECK: NECK}
+        taps = {f"{PATCH}_{level}": f"map:{level}" for level in range(cfg.levels)} | {BODY: BODY, NECK: NECK}
         masks = {f"{VALID}_{level}": f"{VALID}:{level}" for level in range(cfg.levels) if cfg.masked}
         return Needs(student={**taps, **masks}, teacher=taps, batch_coupled=True)
 

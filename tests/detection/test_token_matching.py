@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kd_hf.detection.token_matching import ViDTTokens, VkDTokens, detection_taps, standardise_channels
+from kd_hf.detection.detector import TappedDetector
+from kd_hf.detection.load import describe_detector
+from kd_hf.detection.stage import Images
+from kd_hf.detection.token_matching import ViDTTokens, VkDTokens, standardise_channels
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Outputs, Target
 from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
@@ -185,15 +188,19 @@ def test_cost():
 def test_two_networks(method):
     """From images to a gradient in the student, through one pass of each."""
     pixels, mask = batch()
+    images = Images(pixels, mask == 0)
     student, teacher = tiny_network(), tiny_network(seed=5, embed_dim=16)
-    taps = detection_taps(student(pixels, mask))
-    assert set(taps) == {f"{kind}:{level}" for kind in ("patch", "valid") for level in range(4)} | {"body", "neck"}
     cfg = method.Config(masked=True)
     needs = method.needs(cfg, INFO, INFO)
+    assert set(needs.student.values()) == {f"{kind}:{n}" for kind in ("map", "valid") for n in range(4)} | {
+        "body",
+        "neck",
+    }
+    taps = TappedDetector(student, describe_detector(student, "student"), list(needs.student.values()))(images).taps
     ours = {role: taps[tap] for role, tap in needs.student.items()}
     with torch.no_grad():
-        theirs = detection_taps(teacher(pixels, mask))
-    theirs = {role: theirs[tap] for role, tap in needs.teacher.items()}
+        taps = TappedDetector(teacher, describe_detector(teacher, "teacher"), list(needs.teacher.values()))(images).taps
+    theirs = {role: taps[tap] for role, tap in needs.teacher.items()}
     shapes = [Shapes(5, {role: tuple(tap.shape[1:]) for role, tap in found.items()}) for found in (ours, theirs)]
     built = method(cfg, *shapes, {}).double()
     loss_of(built, ours, theirs)[0].backward()

@@ -1,0 +1,158 @@
+"""Object detection as a task: see :class:`kd_hf.task.Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from kd_hf.config import BoxAugment, Recipe
+from kd_hf.data.loader import BatchLoader
+from kd_hf.data.source import Split
+from kd_hf.detection.categories import is_matched, outputs_of_classes
+from kd_hf.detection.detector import TappedDetector, pretend, tap_shapes
+from kd_hf.detection.evaluation import BoxEvaluator, BoxSubject, measure_boxes
+from kd_hf.detection.info import check_tap
+from kd_hf.detection.load import load_detector
+from kd_hf.detection.loader import train_loader
+from kd_hf.detection.noise import NoiseBoxes
+from kd_hf.detection.source import BoxSource, open_boxes, open_given
+from kd_hf.detection.stage import BoxStage, Images
+from kd_hf.errors import UserError
+from kd_hf.evaluation import eval_batch_size
+from kd_hf.gate import GateResult
+from kd_hf.models.handle import ModelHandle
+from kd_hf.models.info import ModelInfo, Preprocessing
+from kd_hf.models.taps import Tapped
+from kd_hf.prediction import Predictions
+from kd_hf.task import Task
+from kd_hf.teacher import Teacher
+
+_GUESSING = 0.5  # average precision in percent that a network without knowledge does not reach
+_SMOKE = {"sizes": (320,), "max_size": 480, "crop": 0.0, "eval_size": 320}
+
+
+class Detection(Task):
+    """Boxes and their classes."""
+
+    metric, pipeline_tag = "ap", "object-detection"
+
+    def open_images(
+        self, recipe: Recipe, split: Split, dataset: Any = None, classes: Sequence[str] | None = None
+    ) -> BoxSource:
+        """See :class:`Task`."""
+        data, boxes = recipe.data, recipe.data.boxes
+        if dataset is None:
+            return open_boxes(data, split, boxes, classes)
+        if isinstance(dataset, BoxSource):
+            return dataset
+        return open_given(dataset, split, boxes, data.image_column, data.label_column, classes)
+
+    def noise(self, rows: int, size: int, num_classes: int) -> BoxSource:
+        """See :class:`Task`."""
+        return NoiseBoxes(rows, num_classes)
+
+    def small(self, recipe: Recipe) -> Recipe:
+        """See :class:`Task`."""
+        boxes = recipe.data.boxes
+        assert boxes is not None
+        smaller = boxes.model_copy(update={"augment": boxes.augment.model_copy(update=_SMOKE)})
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"boxes": smaller})})
+
+    def load(self, model: str, **options: Any) -> ModelHandle:
+        """See :class:`Task`."""
+        options.pop("image_size", None)  # detectors take images of any size
+        return load_detector(model, **options)
+
+    def tapped(self, model: Any, info: Any, taps: Sequence[str], dist_head: bool = False) -> Tapped:
+        """See :class:`Task`."""
+        return TappedDetector(model, info, taps)
+
+    def tap_shapes(self, model: Any, recipe: Recipe, image_size: int) -> dict[str, tuple[int, ...]]:
+        """See :class:`Task`."""
+        return tap_shapes(model, _frame(recipe))
+
+    def pretend(self, model: Any, recipe: Recipe, image_size: int, count: int) -> None:
+        """See :class:`Task`."""
+        pretend(model, _frame(recipe), count)
+
+    def example(self, view: Preprocessing, recipe: Recipe, device: torch.device) -> Images:
+        """See :class:`Task`."""
+        height, width = _frame(recipe)
+        mask = torch.zeros(1, height, width, dtype=torch.bool, device=device)
+        return Images(torch.randn(1, 3, height, width, device=device), mask)
+
+    def check_tap(self, info: Any, tap: str) -> None:
+        """See :class:`Task`."""
+        check_tap(info, tap)
+
+    def check_classes(self, student: ModelInfo, source: BoxSource) -> None:
+        """See :class:`Task`."""
+        if not is_matched(source.class_names, student.num_classes):
+            raise UserError(
+                f"student.num_classes is {student.num_classes}, but {source.describe()} has {source.told_classes()}"
+            )
+
+    def batches(
+        self, source: BoxSource, recipe: Recipe, views: Mapping[str, Preprocessing], **position: Any
+    ) -> BatchLoader[Any]:
+        """See :class:`Task`."""
+        return train_loader(source, recipe.data, views, augment=_augment(recipe), **position)
+
+    def stage(self, source: BoxSource, views: Mapping[str, Preprocessing], student: ModelInfo) -> BoxStage:
+        """See :class:`Task`."""
+        return BoxStage(views, outputs_of_classes(source.class_names, student.num_classes))
+
+    def evaluator(self, *run: Any) -> BoxEvaluator:
+        """See :class:`Task`."""
+        students, view, teachers, source, accelerator, recipe = run
+        return BoxEvaluator(students, view, teachers, source, accelerator, recipe, _augment(recipe))
+
+    def predictions(self) -> Predictions:
+        """See :class:`Task`."""
+        raise UserError("predict and compute_metrics are for classifiers; evaluate measures a detector's precision")
+
+    def measure_teachers(
+        self,
+        teachers: Mapping[str, Teacher],
+        fed: Mapping[str, Preprocessing],
+        source: BoxSource,
+        accelerator: Accelerator,
+        recipe: Recipe,
+    ) -> list[GateResult]:
+        """See :class:`Task`; networks of other classes than the data's are not measured."""
+        results = []
+        for name, teacher in teachers.items():
+            if not is_matched(source.class_names, teacher.info.num_classes):
+                continue
+            run: Any = teacher
+            own = teacher.info.native or teacher.info.preprocessing
+            views = {"own": own} if own == fed[name] else {"own": own, "fed": fed[name]}
+            found = measure_boxes(
+                {key: BoxSubject(run, view) for key, view in views.items()},
+                source,
+                accelerator,
+                batch_size=eval_batch_size(recipe.train),
+                augment=_augment(recipe),
+                workers=recipe.train.dataloader_num_workers,
+                max_samples=teacher.cfg.gate.samples,
+            )
+            ap = {key: values.get("ap", 0.0) for key, values in found.items()}
+            size = _augment(recipe).eval_size
+            samples = int(found["own"]["samples"])
+            results.append(GateResult(name, samples, ap["own"], ap.get("fed", ap["own"]), size, size, "AP", _GUESSING))
+        return results
+
+
+def _augment(recipe: Recipe) -> BoxAugment:
+    return recipe.data.boxes.augment if recipe.data.boxes is not None else BoxAugment()
+
+
+def _frame(recipe: Recipe) -> tuple[int, int]:
+    """Height and width of an ordinary image (3:2) as evaluation shows it."""
+    augment = _augment(recipe)
+    width = min(augment.max_size, augment.eval_size * 3 // 2)
+    height, step = augment.eval_size, augment.multiple_of
+    return height // step * step, width // step * step
