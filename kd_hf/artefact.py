@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd_hf.files import atomic_folder
 from kd_hf.models.handle import ModelHandle
+from kd_hf.models.quiet import quiet_transformers
 from kd_hf.models.students import LIBRARY, as_transformers
 
 _LINE = 64  # bytes: what torch's own allocations are aligned to
@@ -134,7 +135,8 @@ def _write_transformers(handle: ModelHandle, folder: Path, weights: dict[str, Te
     from safetensors.torch import load_file
 
     network: Any = handle.network
-    network.save_pretrained(folder, state_dict=weights)
+    with quiet_transformers():
+        network.save_pretrained(folder, state_dict=weights)
     for path in folder.glob("*.safetensors"):
         aligned = path.with_suffix(".aligned")
         write_safetensors(aligned, load_file(path))
@@ -144,6 +146,9 @@ def _write_transformers(handle: ModelHandle, folder: Path, weights: dict[str, Te
         config.id2label = dict(enumerate(handle.label_names))
         config.label2id = {name: index for index, name in enumerate(handle.label_names)}
     config.save_pretrained(folder)
+    if handle.image_processor is not None:
+        handle.image_processor.save_pretrained(folder)
+        return
     _image_processor(handle).save_pretrained(folder)
     # the processor holds whole pixels only; the exact ratio lets a reader recover the preprocessing as it was
     path = folder / "preprocessor_config.json"

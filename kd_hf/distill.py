@@ -123,6 +123,11 @@ class DistillModule(nn.Module):
         self.methods = nn.ModuleDict(methods)
         self.choices = {choice.name: choice for choice in choices}
 
+    @property
+    def may_pause(self) -> bool:
+        """Whether some steps leave parameters without gradient: every loss on the student's own outputs can be off."""
+        return TASK not in self.choices or any(choice.may_pause for choice in self.choices.values())
+
     def draw(self, draws: Draws, active: Collection[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
         """Random tensors of every active method for a batch, by block name; of all by default."""
         wanted = self.choices if active is None else active

@@ -20,6 +20,7 @@ from kd_hf.models.handle import ModelHandle
 from kd_hf.recipe import RESOLVED, dump_recipe
 from kd_hf.record import RunRecord
 from kd_hf.run import RunFolder
+from kd_hf.task import task_of
 
 _UNFINISHED = ".unfinished"  # in the run folder: the student of a save, on its way to the Hub
 
@@ -39,8 +40,7 @@ class Publication:
     ) -> None:
         self.run, self.say = run, say
         self.recipe: Recipe = run.recipe
-        fits = class_names and len(class_names) == student.info.num_classes
-        self.student = replace(student, label_names=class_names) if fits else student
+        self.student = task_of(self.recipe).named(student, class_names, self.recipe)
         hub = self.recipe.hub
         self.publisher = Publisher(hub, run.path, say) if hub.push_to_hub else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -32,6 +33,8 @@ class Task(ABC):
     """The number that says how good a network is, in percent."""
     pipeline_tag: ClassVar[str]
     """What the Hub calls it."""
+    unused_parameters: ClassVar[bool] = False
+    """Whether a batch may leave parameters of the student without gradient."""
 
     @abstractmethod
     def open_images(
@@ -91,6 +94,11 @@ class Task(ABC):
     @abstractmethod
     def check_classes(self, student: ModelInfo, source: Any) -> None:
         """Raise :class:`UserError` when the student's outputs do not fit the data's classes."""
+
+    def named(self, student: ModelHandle, class_names: Sequence[str], recipe: Recipe) -> ModelHandle:
+        """The student as it is exported: with the data's class names, where its outputs are these classes."""
+        fits = class_names and len(class_names) == student.info.num_classes
+        return replace(student, label_names=tuple(class_names)) if fits else student
 
     @abstractmethod
     def batches(

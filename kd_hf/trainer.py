@@ -84,14 +84,14 @@ class DistillTrainer:
         self.train_source, self.eval_source = setup.train_source, setup.eval_source
         self.parts: Assembly = assemble(self.recipe, self.train_source.num_classes, given=setup.networks)
         self.task.check_classes(self.parts.student.info, self.train_source)
-        pauses = any(choice.may_pause for choice in self.parts.choices) or "task" not in self.parts.module.choices
-        self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=pauses)
+        unused = self.task.unused_parameters or self.parts.module.may_pause
+        self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=unused)
         self.device = self.accelerator.device
         self.length = run_length(self.args, len(self.train_source), self.accelerator.num_processes)
         self.journal = Journal(self.accelerator, self.args)
         self.run = RunFolder(self.recipe, self.length.global_batch)
-        names = tuple(self.train_source.class_names)
-        self.publication = Publication(self.run, self.parts.student, names, self.journal.say)
+        names, say = self.train_source.class_names, self.journal.say
+        self.publication = Publication(self.run, self.parts.student, names, say)
         self._build()
         self.state = TrainerState.of(self.args, self.length, self.accelerator)
         self.control = TrainerControl()

@@ -36,6 +36,7 @@ from kd_hf.detection.vidt_body import resize_mask
 from kd_hf.errors import UserError
 from kd_hf.methods.losses import full_precision
 from kd_hf.models.handle import ModelHandle
+from kd_hf.models.taps import Tapped
 
 
 class _Recorder:
@@ -57,7 +58,7 @@ class _Hook:
             self.recorder.calls[self.path] = (kwargs, output)
 
 
-class TappedDetector(nn.Module):
+class TappedDetector(Tapped):
     """A detector whose forward pass gives predictions and the requested taps.
 
     Args:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from kd_hf.models.load import (
     refuse_weights,
     with_weights_at_hand,
 )
+from kd_hf.models.quiet import quiet_transformers
 from kd_hf.models.students import LIBRARY
 
 # name behind kd_hf/ → body of ViDT
@@ -178,7 +177,7 @@ def _with_weights(request: Request, folder: Path, config: Any) -> nn.Module:
     """Read the weights of a folder; only class heads of another number of classes may be new."""
     from transformers import AutoConfig, AutoModelForObjectDetection
 
-    with _without_report():
+    with quiet_transformers():
         network, report = AutoModelForObjectDetection.from_pretrained(
             folder,
             config=config,
@@ -201,18 +200,6 @@ def _with_weights(request: Request, folder: Path, config: Any) -> nn.Module:
     if missing:
         raise UserError(f"model '{request.model}': the weights lack {missing[0]} ({len(missing)} missing in all)")
     return network
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Keep transformers from listing every weight that does not fit: one line will do, or none."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _by(shape: Any) -> str:

@@ -37,7 +37,8 @@ def listening(network: Any, heard: dict[str, Any]) -> Iterator[None]:
     """Within it, the network's loss is not computed: its arguments are put into `heard`, by name."""
     from transformers.loss.loss_utils import LOSS_MAPPING
 
-    signature = inspect.signature(LOSS_MAPPING[network.loss_type])
+    losses: Mapping[str, Any] = LOSS_MAPPING
+    signature = inspect.signature(losses[network.loss_type])
 
     def listen(*args: Any, **kwargs: Any) -> tuple[None, None, None]:
         bound = signature.bind(*args, **kwargs)

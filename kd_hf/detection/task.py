@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kd_hf.detection.info import check_tap
 from kd_hf.detection.load import load_detector
 from kd_hf.detection.loader import train_loader
 from kd_hf.detection.noise import NoiseBoxes
+from kd_hf.detection.processors import image_processor
 from kd_hf.detection.source import BoxSource, open_boxes, open_given
 from kd_hf.detection.stage import BoxStage, Images
 from kd_hf.errors import UserError
@@ -38,6 +40,7 @@ class Detection(Task):
     """Boxes and their classes."""
 
     metric, pipeline_tag = "ap", "object-detection"
+    unused_parameters = True  # embeddings of classes and of denoising, where a batch has no object of theirs
 
     def open_images(
         self, recipe: Recipe, split: Split, dataset: Any = None, classes: Sequence[str] | None = None
@@ -94,6 +97,12 @@ class Detection(Task):
             raise UserError(
                 f"student.num_classes is {student.num_classes}, but {source.describe()} has {source.told_classes()}"
             )
+
+    def named(self, student: ModelHandle, class_names: Sequence[str], recipe: Recipe) -> ModelHandle:
+        """See :class:`Task`; the image processor gives images the size that evaluation does."""
+        facts, augment = student.info.preprocessing, _augment(recipe)
+        processor = image_processor(student.network, facts.mean, facts.std, augment.eval_size, augment.max_size)
+        return replace(super().named(student, class_names, recipe), image_processor=processor)
 
     def batches(
         self, source: BoxSource, recipe: Recipe, views: Mapping[str, Preprocessing], **position: Any

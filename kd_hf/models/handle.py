@@ -66,6 +66,8 @@ class ModelHandle:
     info: ModelInfo
     origin: Origin
     label_names: tuple[str, ...] = ()
+    image_processor: Any = None
+    """The processor of transformers that is saved with it, where the one that `info` describes would not do."""
 
     def note(self) -> dict[str, Any]:
         """Plain facts for a log."""

@@ -22,6 +22,7 @@ from kd_hf.models.given import config_label_names, processor_preprocessing, timm
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm, describe_transformers
 from kd_hf.models.info import Preprocessing
 from kd_hf.models.pickles import PICKLES, with_safetensors
+from kd_hf.models.quiet import quiet_transformers
 from kd_hf.models.students import LIBRARY, OWN, STOCK_FACTS, Student, find_student, read_weights
 
 WEIGHTS = "model*.safetensors"
@@ -442,15 +443,16 @@ def _with_weights(request: Request, folder: Path, config: Any) -> nn.Module:
     """Read the weights of a transformers folder; only the classifier may be new."""
     from transformers import AutoModelForImageClassification
 
-    network, report = AutoModelForImageClassification.from_pretrained(
-        folder,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        trust_remote_code=request.trust_remote_code,
-    )
+    with quiet_transformers():
+        network, report = AutoModelForImageClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=request.trust_remote_code,
+        )
     body = f"{network.base_model_prefix}."
     other_size = sorted(key for key, *_ in report["mismatched_keys"] if key.startswith(body))
     if other_size:
