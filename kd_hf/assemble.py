@@ -132,14 +132,15 @@ def load_network(
         raise UserError(f"the teacher of {getattr(cfg, 'recipe', None)} has not been trained yet")
     if cfg.model.startswith(GIVEN_NETWORK):
         raise UserError(f"'{cfg.model}': this network was handed over in Python and cannot be built from the recipe")
-    weightless = str(device) == "meta"
+    pretrained = cfg.pretrained and str(device) != "meta"
+    elsewhere = cfg.weights if pretrained else None  # its files say what the network is made of
     return task_of(recipe).load(
-        cfg.model,
-        pretrained=cfg.pretrained and not weightless,
+        elsewhere or cfg.model,
+        pretrained=pretrained,
         num_classes=num_classes,
         image_size=_image_size(cfg, recipe),
         revision=cfg.revision,
-        kwargs=cfg.kwargs,
+        kwargs={} if elsewhere else cfg.kwargs,
         drop_path=getattr(cfg, "drop_path", None),
         preprocessing=cfg.preprocessing,
         trust_remote_code=cfg.trust_remote_code,

@@ -41,6 +41,9 @@ class ModelConfig(Block):
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the model's constructor (timm) or configuration (transformers)."""
+    weights: str | None = None
+    """Where the pretrained weights of `model` lie, when its name does not say so: a folder (such as `kd_hf.convert` writes)
+    or a Hub id. What needs no weights (`plan`, `--smoke`) builds `model` with `kwargs`."""
     trust_remote_code: bool = False
     """Allow code from the Hub repository to run."""
     allow_pickle: bool = False
