@@ -210,7 +210,7 @@ def plain_twin(recipe: Recipe) -> Recipe:
             "teachers": {},
             "baseline": None,
             "methods": kept,
-            "data": recipe.data.model_copy(update={"unlabelled": "drop"}),
+            "data": recipe.data if recipe.data.boxes else recipe.data.model_copy(update={"unlabelled": "drop"}),
             "eval": recipe.eval.model_copy(update={"report": False}),
             "hub": HubConfig(),
             "train": recipe.train.model_copy(update={"output_dir": folder}),

@@ -1,4 +1,4 @@
-"""Compare runs: ``python -m kd_hf.compare RUN [RUN …] [--markdown] [--json FILE] [--plot FILE] [--metric eval_top1]``.
+"""Compare runs: ``python -m kd_hf.compare RUN [RUN …] [--markdown] [--json FILE] [--plot FILE] [--metric eval_nll]``.
 
 Prints a table of the runs, the recipe keys in which they differ, and, where finished runs differ in nothing but
 `train.seed`, mean ± standard deviation over the seeds. A run's value of the metric is that of the weights it exported:
@@ -63,7 +63,7 @@ class Compared:
 
     @property
     def plain(self) -> float | None:
-        """The same of the plain student, trained beside this one or, for top-1, given in the recipe.
+        """The same of the plain student, trained beside this one or, for the task's own, given in the recipe.
 
         None for a loss: its parts are not those of the distilled student's.
         """
@@ -71,7 +71,7 @@ class Compared:
             return None
         if self.record.plain is not None:
             return exported_value(self.record.plain, self.metric)
-        return self.record.plain_top1 if self.metric == "eval_top1" else None
+        return self.record.plain_score if self.metric == self.record.score.logged else None
 
     @property
     def gain(self) -> float | None:
@@ -172,15 +172,16 @@ def exported_value(record: RunRecord, metric: str) -> float | None:
     return values[-1] if values else None
 
 
-def read_runs(folders: Sequence[str | Path], metric: str = "eval_top1") -> list[Compared]:
+def read_runs(folders: Sequence[str | Path], metric: str | None = None) -> list[Compared]:
     """Open runs and see that there is something to compare.
 
     Args:
         folders: run folders.
-        metric: a key of their logs, with or without ``eval_``.
+        metric: a key of their logs, with or without ``eval_``; by default the score of their task.
 
     Raises:
-        UserError: no run folder, one without a log, one named twice, or a number that none of them has logged.
+        UserError: no run folder, one without a log, one named twice, a number that none of them has logged, or none
+            is named for runs of different tasks.
     """
     from kd_hf.callbacks import LOG
     from kd_hf.record import RunRecord
@@ -192,12 +193,21 @@ def read_runs(folders: Sequence[str | Path], metric: str = "eval_top1") -> list[
     places = Counter(record.path.resolve() for record in records)
     if twice := [record for record in records if places[record.path.resolve()] > 1]:
         raise UserError(f"'{twice[0].path}' is given twice")
+    metric = metric or _common_score(records)
     logged = {key for record in records for line in record.log for key, value in line.items() if _is_number(value)}
     found = next((key for key in (metric, f"eval_{metric}") if key in logged), None)
     if found is None:
         raise UserError(f"--metric: no run has logged '{metric}'.{nearest(metric, logged)}")
     names = Counter(record.name for record in records)
     return [Compared(record, record.name if names[record.name] == 1 else str(record.path), found) for record in records]
+
+
+def _common_score(records: Sequence[RunRecord]) -> str:
+    """Key of the log that all of them are judged by."""
+    scores = sorted({record.score.logged for record in records})
+    if len(scores) > 1:
+        raise UserError(f"--metric: the runs are of different tasks, measured by {' and '.join(scores)}; name a number")
+    return scores[0]
 
 
 def _is_number(value: Any) -> bool:
@@ -329,10 +339,16 @@ def _label(metric: str) -> str:
     return label_of(metric.removeprefix("eval_"))
 
 
+def _in_percent(metric: str) -> bool:
+    from kd_hf.card.metadata import in_percent
+
+    return in_percent(metric.removeprefix("eval_"))
+
+
 def _number(value: float | None, metric: str, sign: str = "") -> str:
     if value is None:
         return ""
-    return format(value, f"{sign}.2f" if _label(metric).endswith("%") else f"{sign}.4g")
+    return format(value, f"{sign}.2f" if _in_percent(metric) else f"{sign}.4g")
 
 
 def _spread(spread: Spread | None, metric: str, sign: str = "") -> str:
@@ -424,7 +440,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--markdown", action="store_true", help="print GitHub tables, e.g. for a paper's ablation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the metric over steps, e.g. plot.png")
-    parser.add_argument("--metric", default="eval_top1", help="a number of the logs (default: %(default)s)")
+    parser.add_argument("--metric", help="a number of the logs (default: eval_top1, of detectors eval_ap)")
     args = parser.parse_args(argv)
     runs = read_runs(args.runs, args.metric)
     if args.plot:

@@ -42,8 +42,8 @@ class ModelConfig(Block):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the model's constructor (timm) or configuration (transformers)."""
     weights: str | None = None
-    """Where the pretrained weights of `model` lie, when its name does not say so: a folder (such as `kd_hf.convert` writes)
-    or a Hub id. What needs no weights (`plan`, `--smoke`) builds `model` with `kwargs`."""
+    """Where the pretrained weights of `model` lie, when its name does not say so: a Hub id, or a folder such as
+    `kd_hf.convert` writes. What needs no weights (`plan`, `--smoke`) builds `model` with `kwargs`."""
     trust_remote_code: bool = False
     """Allow code from the Hub repository to run."""
     allow_pickle: bool = False

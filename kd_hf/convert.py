@@ -22,6 +22,7 @@ CIFAR-100 whole (--crop-pct 1 --mean 0.50707 0.48655 0.44092 --std 0.26733 0.256
     Mixer-B/16                           --arch kd_hf/mixer_b14 --kwargs patch_size=16
     Mixer-S/16                           --arch kd_hf/mixer_b14 --kwargs patch_size=16 embed_dim=512 depth=8
     VkD's students                       --arch kd_hf/conv_stem_deit_tiny, …
+    ViDT, also of VkD                    (no --arch: the weights tell its sizes)
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ IMAGENET = "imagenet-1k"
 
 def convert_checkpoint(
     checkpoint: str | Path,
-    arch: str,
+    arch: str | None,
     folder: str | Path,
     *,
     weights: str = "auto",
@@ -58,7 +59,8 @@ def convert_checkpoint(
 
     Args:
         checkpoint: the file.
-        arch: the network, as in a recipe (``resnet50``, ``kd_hf/conv_stem_deit_tiny``).
+        arch: the network, as in a recipe (``resnet50``, ``kd_hf/conv_stem_deit_tiny``); not for ViDT, whose weights
+            tell it.
         folder: where the model goes; it must not exist, or be empty.
         weights: ``auto`` (the published ones), ``model`` (not averaged) or ``ema`` (averaged).
         num_classes: K; by default as many as the checkpoint's classifier has.
@@ -78,15 +80,20 @@ def convert_checkpoint(
     from kd_hf.conversion.fitting import count_classes, fit_weights, name_weights, turn_to_rgb
     from kd_hf.conversion.layouts import find_student
     from kd_hf.conversion.reading import read_checkpoint
+    from kd_hf.conversion.vidt import convert_vidt, is_vidt
     from kd_hf.models.load import load_model
 
     target = Path(folder)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"-o: '{target}' exists already; name a new folder")
-    options: dict[str, Any] = {"image_size": image_size, "kwargs": kwargs, "preprocessing": preprocessing}
-    sketch = load_model(arch, num_classes=num_classes, device="meta", **options)
     source = read_checkpoint(Path(checkpoint))
     student = find_student(source, weights)
+    if is_vidt(frozenset(student.tensors)):
+        return convert_vidt(student.tensors, target, str(checkpoint))
+    if arch is None:
+        raise UserError("--arch: name the network, as in a recipe's student.model; only ViDT's checkpoints tell it")
+    options: dict[str, Any] = {"image_size": image_size, "kwargs": kwargs, "preprocessing": preprocessing}
+    sketch = load_model(arch, num_classes=num_classes, device="meta", **options)
     named = name_weights(student, sketch)
     handle = load_model(arch, num_classes=num_classes or count_classes(named, sketch), **options)
     handle.network.load_state_dict(fit_weights(named, student, handle, str(checkpoint)))
@@ -167,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="the authors' file (.pth, .pth.tar, .pt, .safetensors)")
-    add("--arch", required=True, help="the network, as in a recipe's student.model")
+    add("--arch", help="the network, as in a recipe's student.model; not for ViDT")
     add("-o", "--output", required=True, metavar="DIR", help="the model folder to write")
     add("--weights", choices=("auto", "model", "ema"), default="auto", help="published, as trained, or averaged")
     add("--num-classes", type=_positive, help="by default what the checkpoint's classifier has")

@@ -1,15 +1,16 @@
-"""Evaluate: ``python -m kd_hf.eval MODEL … --data DATA … [--teacher MODEL]`` → a table, or JSON.
+"""Evaluate: ``python -m kd_hf.eval MODEL … --data DATA … [--teacher MODEL | --boxes]`` → a table, or JSON.
 
 A model is a Hub id, a folder, a run folder, or a pretrained timm name. Each is shown the images in its own
 preprocessing. Data is what a recipe's `data.path` can be, or one of :mod:`kd_hf.benchmarks`, such as ``imagenet-a``
-or ``imagenet-a=/path``.
+or ``imagenet-a=/path``. With ``--boxes`` models are detectors, and measured by COCO's average precision.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from kd_hf.benchmarks import ClassMap, EvalSet
+    from kd_hf.detection.average_precision import Results
     from kd_hf.evaluation import Run, Stopwatch, Subject
     from kd_hf.metrics import Meter
     from kd_hf.models.handle import ModelHandle
 
-# key of the values, head of the column, format
-COLUMNS = (
+Columns = Sequence[tuple[str, str, str]]
+"""Key of the values, head of the column, format."""
+COLUMNS: Columns = (
     ("top1", "top-1 %", ".2f"),
     ("top5", "top-5 %", ".2f"),
     ("nll", "nll", ".4f"),
@@ -45,6 +48,17 @@ _OPTIONS = {  # key of a recipe's `data` block → option
     "image_size": "--image-size",
     "streaming": "--streaming",
 }
+_BOX_OPTIONS = {  # the same for what is in its `boxes`
+    "boxes.augment.eval_size": "--eval-size",
+    "boxes.augment.max_size": "--max-size",
+    "boxes.augment.multiple_of": "--multiple-of",
+    "boxes.augment": "--eval-size, --max-size",
+    "boxes.box_format": "--box-format",
+    "boxes.annotations": "--annotations",
+    "boxes.images": "--images",
+}
+_ONLY_BOXES = ("eval_size", "max_size", "multiple_of", "box_format", "annotations", "images", "save_detections")
+_ONLY_CLASSES = ("teacher", "image_size", "label_indices", "per_class")
 _SHOWN_CLASSES = 20  # of each end of a long list by class
 
 
@@ -189,7 +203,7 @@ def evaluate_models(
         UserError: a model or data set that is not there, or whose classes do not fit.
     """
     opened = _open_data(data)
-    networks = Networks(models, teacher, _accelerator(use_cpu), image_size=data.get("image_size"))
+    networks = Networks(models, teacher, eval_accelerator(use_cpu), image_size=data.get("image_size"))
     results = networks.evaluate(
         opened,
         batch_size=batch_size,
@@ -201,7 +215,8 @@ def evaluate_models(
     return {name: result.values for name, result in results.items()}
 
 
-def _accelerator(use_cpu: bool) -> Accelerator:
+def eval_accelerator(use_cpu: bool) -> Accelerator:
+    """Devices and ranks of an evaluation; sets the number of CPU threads."""
     from kd_hf.config import TrainConfig
     from kd_hf.runtime import build_accelerator, set_cpu_threads
 
@@ -217,12 +232,20 @@ def _open_data(data: Mapping[str, Any]) -> EvalSet:
     from kd_hf.config import DataConfig
 
     try:
-        return open_eval_set(DataConfig.model_validate(data))
+        with _told_by_option():
+            return open_eval_set(DataConfig.model_validate(data))
     except ValidationError as error:
         raise UserError(f"--data: {error.errors()[0]['msg']}") from None
+
+
+@contextmanager
+def _told_by_option() -> Iterator[None]:
+    """Errors name the option where they would name the recipe's key."""
+    try:
+        yield
     except UserError as error:
         text = str(error)
-        for key, option in _OPTIONS.items():
+        for key, option in {**_BOX_OPTIONS, **_OPTIONS}.items():
             text = text.replace(f"data.{key}", option)
         raise type(error)(text) from error
 
@@ -233,12 +256,49 @@ def _open_data(data: Mapping[str, Any]) -> EvalSet:
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, evaluate, print."""
     args = _parser().parse_args(argv)
-    common = {key: getattr(args, option.removeprefix("--").replace("-", "_")) for key, option in _OPTIONS.items()}
+    _check_options(args)
+    args.batch_size = args.batch_size or (8 if args.boxes else 64)
+    if args.boxes:
+        return _evaluate_boxes(args)
+    try:
+        return _evaluate_classes(args)
+    except UserError:
+        from kd_hf.detection.evaluate import is_detector
+
+        detector = next((name for name in args.models if is_detector(name)), None)
+        if detector is None:
+            raise
+        raise UserError(f"{detector} is a detector: add --boxes") from None
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    idle = next((name for name in (_ONLY_CLASSES if args.boxes else _ONLY_BOXES) if _is_set(args, name)), None)
+    if idle is not None:
+        option = "--" + idle.replace("_", "-")
+        raise UserError(f"{option} is not for detectors (--boxes)" if args.boxes else f"{option} needs --boxes")
+    if args.save_detections and (len(args.models), len(args.data)) != (1, 1):
+        raise UserError(
+            f"--save-detections: COCO's format holds what one model finds in one data set; here are {len(args.models)} "
+            f"and {len(args.data)}"
+        )
+
+
+def _is_set(args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) is not None and getattr(args, name) is not False  # 0 is a number that was given
+
+
+def _data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keys of a recipe's `data` block but its path."""
+    return {key: getattr(args, option.removeprefix("--").replace("-", "_")) for key, option in _OPTIONS.items()}
+
+
+def _evaluate_classes(args: argparse.Namespace) -> int:
     # before the networks: a wrong path shows at once
-    opened = {path: _open_data(common | {"path": path}) for path in args.data}
+    opened = {path: _open_data(_data_options(args) | {"path": path}) for path in args.data}
     options = {"image_size": args.image_size, "allow_pickle": args.allow_pickle}
     options["trust_remote_code"] = args.trust_remote_code
-    networks = Networks(args.models, args.teacher, _accelerator(args.use_cpu), **options)
+    networks = Networks(args.models, args.teacher, eval_accelerator(args.use_cpu), **options)
     results = {}
     for path, data in opened.items():
         results[path] = networks.evaluate(
@@ -253,6 +313,48 @@ def main(argv: Sequence[str]) -> int:
         print(_report(opened, results, args, str(networks.accelerator.device.type)))
         _write_files(opened, results, args)
     return 0
+
+
+def _evaluate_boxes(args: argparse.Namespace) -> int:
+    from kd_hf.detection.average_precision import need_pycocotools
+
+    need_pycocotools()
+    from kd_hf.detection.evaluate import COLUMNS as BOX_COLUMNS
+    from kd_hf.detection.evaluate import Detectors, box_config, write_detections
+    from kd_hf.detection.source import open_boxes
+
+    common = _data_options(args) | {"boxes": _box_options(args)}
+    with _told_by_option():
+        configs = {path: box_config(common | {"path": path}) for path in args.data}
+        opened = {path: open_boxes(cfg, "eval", cfg.boxes) for path, cfg in configs.items()}
+    options = {"allow_pickle": args.allow_pickle, "trust_remote_code": args.trust_remote_code}
+    detectors = Detectors(args.models, eval_accelerator(args.use_cpu), configs[args.data[0]].boxes, **options)
+    results: dict[str, dict[str, Result]] = {}
+    kept: dict[str, Results] = {}
+    for path, source in opened.items():
+        measured = detectors.evaluate(
+            source,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            max_samples=args.max_samples,
+            keep=kept,
+            progress=True,
+        )
+        results[path] = {name: Result(values) for name, values in measured.items()}
+    if is_main_process():
+        device = str(detectors.accelerator.device.type)
+        print(_report({}, results, args, device, BOX_COLUMNS, detectors.notes()))
+        _write_files({}, results, args)
+        if args.save_detections:
+            write_detections(args.save_detections, kept[args.models[0]])
+    return 0
+
+
+def _box_options(args: argparse.Namespace) -> dict[str, Any]:
+    """`boxes` of a recipe's `data` block, with what was given only."""
+    augment = {key: getattr(args, key) for key in ("eval_size", "max_size", "multiple_of") if _is_set(args, key)}
+    files = {key: {args.split: getattr(args, key)} for key in ("annotations", "images") if _is_set(args, key)}
+    return {"augment": augment, **files, **({"box_format": args.box_format} if args.box_format else {})}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -277,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--label-column", help="column of the labels, where it is not clear")
     add("--teacher", metavar="MODEL", help="compare with this model: agreement, KL, CKA")
     add("--image-size", type=int, help="pixels per side, instead of each model's own")
-    add("--batch-size", type=int, default=64)
+    add("--batch-size", type=int, help="images per process (default: 64, with --boxes 8)")
     add("--workers", type=int, default=0)
     add("--max-samples", type=int, help="look at so many images only, spread over the set")
     add("--streaming", action="store_true", help="read the data as it is needed")
@@ -288,7 +390,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--per-class", nargs="?", const="", metavar="FILE", help="accuracy by class: a table, or a CSV file")
     add("--markdown", action="store_true", help="print tables for a README")
     add("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
+    _add_box_options(parser.add_argument_group("detectors"))
     return parser
+
+
+def _add_box_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--boxes", action="store_true", help="models are detectors, data has boxes: COCO's average precision, recall")
+    add("--eval-size", type=int, help="pixels of an image's shortest side (default: the model's own, or 800)")
+    add("--max-size", type=int, help="of its longest side at most (default: the model's own, or 1333)")
+    add("--multiple-of", type=int, help="sides are rounded down to multiples of this (default: 16)")
+    add("--box-format", choices=("xywh", "xyxy"), help="of Parquet files and tables (default: xywh)")
+    add("--annotations", metavar="FILE", help="COCO's JSON file (default: annotations/instances_SPLIT.json)")
+    add("--images", metavar="FOLDER", help="of its images (default: SPLIT), both relative to --data")
+    add("--save-detections", type=Path, metavar="FILE", help="write COCO's JSON of results, classes as in --data")
 
 
 def _report(
@@ -296,10 +411,12 @@ def _report(
     results: Mapping[str, Mapping[str, Result]],
     args: argparse.Namespace,
     device: str,
+    columns: Columns = COLUMNS,
+    notes: Sequence[str] = (),
 ) -> str:
     """Everything that is printed."""
-    lines = _lines(_summary(results), args.markdown)
-    notes = [f"{path}: {data.protocol}" for path, data in opened.items() if data.protocol]
+    lines = _lines(_summary(results, columns), args.markdown)
+    notes = [*notes, *(f"{path}: {data.protocol}" for path, data in opened.items() if data.protocol)]
     if any("images_per_second" in result.values for found in results.values() for result in found.values()):
         notes.append(f"images/s: the network alone, {device}, batches of {args.batch_size}; indicative")
     lines += ["", *(f"- {note}" if args.markdown else note for note in notes)] if notes else []
@@ -311,10 +428,10 @@ def _report(
     return "\n".join(lines)
 
 
-def _summary(results: Mapping[str, Mapping[str, Result]]) -> list[list[str]]:
-    """One row per data set and network; columns that nobody has are left out."""
+def _summary(results: Mapping[str, Mapping[str, Result]], known: Columns) -> list[list[str]]:
+    """One row per data set and network; of the known columns, those that nobody has are left out."""
     every = [result.values for found in results.values() for result in found.values()]
-    columns = [column for column in COLUMNS if any(column[0] in values for values in every)]
+    columns = [column for column in known if any(column[0] in values for values in every)]
     rows = [["data", "model", "images", *(head for _, head, _ in columns)]]
     for data, found in results.items():
         for name, result in found.items():

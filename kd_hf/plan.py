@@ -16,9 +16,10 @@ from kd_hf.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from kd_hf.assemble import Assembly
-    from kd_hf.config import Recipe
+    from kd_hf.config import BoxAugment, Recipe
     from kd_hf.distill import Choice
     from kd_hf.methods.base import Method
+    from kd_hf.models.info import Preprocessing
 
 
 # training images of data sets that recipes name, so that steps are known without opening them
@@ -86,6 +87,8 @@ def _random(recipe: Recipe) -> list[str]:
     """What is drawn for every image."""
     from kd_hf.data.views import takes_jitter
 
+    if recipe.data.boxes is not None:
+        return _random_boxes(recipe.data.boxes.augment)
     augment = recipe.data.augment
     drawn = {
         "crop": augment.crop.kind != "resize",
@@ -99,31 +102,39 @@ def _random(recipe: Recipe) -> list[str]:
     return [name for name, is_drawn in drawn.items() if is_drawn]
 
 
+def _random_boxes(augment: BoxAugment) -> list[str]:
+    """What is drawn for every image with boxes."""
+    drawn = {"flip": augment.hflip > 0, "crop": augment.crop > 0, "size": len(augment.sizes) > 1}
+    return [name for name, is_drawn in drawn.items() if is_drawn]
+
+
 def _gate(recipe: Recipe, teacher: str) -> dict[str, Any]:
     """What a teacher must reach before the first step, and what the run folder says it reached."""
     from kd_hf.callbacks import read_log
+    from kd_hf.task import task_of
 
+    metric = task_of(recipe).metric
     gate = recipe.all_teachers()[teacher].gate
     log = read_log(Path(recipe.train.output_dir))
     measured = [line for line in log if line.get("gate") == teacher]
     return {
         **gate.model_dump(),
-        "measured_top1": measured[-1]["top1"] if measured else None,
-        "measured_top1_as_fed": measured[-1]["top1_as_fed"] if measured else None,
+        f"measured_{metric}": measured[-1][metric] if measured else None,
+        f"measured_{metric}_as_fed": measured[-1][f"{metric}_as_fed"] if measured else None,
     }
 
 
 def _warnings(parts: Assembly) -> list[str]:
     """What a person should look at before starting."""
-    found = []
+    found, boxes = [], parts.recipe.data.boxes is not None  # detectors take any size, and all have named parts
     for name, handle in parts.teachers.items():
         own, fed = handle.info.native, parts.views()[name]
-        if own is not None and own.image_size != fed.image_size:
+        if own is not None and own.image_size != fed.image_size and not boxes:
             found.append(f"{name} was made for {own.image_size} px and is shown {fed.image_size} px")
         if own is not None and (own.mean, own.std) != (fed.mean, fed.std):
             found.append(f"{name} is shown images with another mean and std than its own")
     for name, handle in (("student", parts.student), *parts.teachers.items()):
-        if not handle.info.stages and not handle.info.blocks:
+        if not handle.info.stages and not handle.info.blocks and not boxes:
             found.append(f"{name}: {handle.info.name} is of a family without named stages or blocks")
     if len(parts.choices) == 1 and parts.teachers:
         found.append("no method reads the teacher")
@@ -145,11 +156,21 @@ def _network(parts: Assembly, name: str) -> dict[str, Any]:
         "library": handle.info.library,
         "parameters": handle.info.parameters,
         "classes": handle.info.num_classes,
-        "image_size": view.image_size,
+        **_size(parts.recipe, view),
         "mean": list(view.mean),
         "std": list(view.std),
         "taps": {tap: list(shape) for tap, shape in parts.shapes[name].taps.items()},
     }
+
+
+def _size(recipe: Recipe, view: Preprocessing) -> dict[str, int]:
+    """What is known of the images' pixels: both sides, or of detectors the shortest one in evaluation."""
+    boxes = recipe.data.boxes
+    return {"image_size": view.image_size} if boxes is None else {"shortest_side": boxes.augment.eval_size}
+
+
+def _pixels(facts: Mapping[str, Any]) -> str:
+    return f"{facts['image_size']} px" if "image_size" in facts else f"{facts['shortest_side']} px shortest side"
 
 
 def _method(parts: Assembly, choice: Choice) -> dict[str, Any]:
@@ -174,7 +195,7 @@ def describe(plan: dict[str, Any]) -> str:
     for name, net in plan["networks"].items():
         lines.append(
             f"{name:10} {net['model']} ({net['library']}), {net['parameters'] / 1e6:.2f} M parameters, "
-            f"{net['macs_per_image'] / 1e9:.2f} G MACs, {net['classes']} classes, {net['image_size']} px"
+            f"{net['macs_per_image'] / 1e9:.2f} G MACs, {net['classes']} classes, {_pixels(net)}"
         )
         lines += [f"{'':10}   tap {tap} {shape}" for tap, shape in net["taps"].items()]
     for name, method in plan["methods"].items():
@@ -205,14 +226,19 @@ def describe(plan: dict[str, Any]) -> str:
 
 
 def _describe_gate(name: str, gate: dict[str, Any]) -> str:
+    from kd_hf.record import SCORES
+
     if not gate["enabled"]:
         return f"gate       {name} is not measured before the first step"
-    wanted = "better than guessing" if gate["min_top1"] is None else f"at least {gate['min_top1']:g}"
-    text = f"gate       {name} must reach top-1 {wanted} on {gate['samples']} held-out images"
-    if gate["measured_top1"] is None:
+    score = next(score for score in SCORES.values() if f"measured_{score.key}" in gate)
+    least, own, fed = (
+        gate[key] for key in (f"min_{score.key}", f"measured_{score.key}", f"measured_{score.key}_as_fed")
+    )
+    wanted = "better than guessing" if least is None else f"at least {least:g}"
+    text = f"gate       {name} must reach {score.name} {wanted} on {gate['samples']} held-out images"
+    if own is None:
         return text
-    fed = f"{gate['measured_top1_as_fed']:.1f} as training feeds it"
-    return f"{text}; it reached {gate['measured_top1']:.1f} ({fed}) when this run began"
+    return f"{text}; it reached {own:.1f} ({fed:.1f} as training feeds it) when this run began"
 
 
 def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
@@ -230,7 +256,7 @@ def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
     lines = [
         *(
             f"{name:8} {info.name} ({info.parameters / 1e6:.2f} M parameters"
-            + (f", {views[name].image_size} px)" if name in views else ")")
+            + (f", {_pixels(_size(recipe, views[name]))})" if name in views else ")")
             for name, info in networks.items()
         ),
         *(f"{name:8} {teacher.describe()}" for name, teacher in parts.stored.items()),

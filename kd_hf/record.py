@@ -6,15 +6,52 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd_hf.callbacks import LOG, read_log
 from kd_hf.config import Recipe
 from kd_hf.errors import UserError, nearest
 from kd_hf.recipe import RESOLVED, load_recipe
 
+if TYPE_CHECKING:
+    from kd_hf.task import Task
+
 STUDENT, REPORT, PLAIN = "student", "report", "plain"
 _WEIGHT = "weight/"
+
+
+@dataclass(frozen=True)
+class Score:
+    """The number that says how good a network of a run is, and how people write it."""
+
+    key: str  # in evaluations
+    name: str
+    title: str  # of its picture
+    sign: str = ""  # behind a value
+
+    @property
+    def logged(self) -> str:
+        """Its key in the log."""
+        return f"eval_{self.key}"
+
+    @property
+    def label(self) -> str:
+        """The head of a column."""
+        return f"{self.name}{self.sign}"
+
+    @property
+    def beginning(self) -> str:
+        """Its name as the first word of a sentence."""
+        return self.name[0].upper() + self.name[1:]
+
+    def text(self, value: float, digits: int) -> str:
+        """A value with its sign."""
+        return f"{value:.{digits}f}{self.sign}"
+
+
+SCORES = {
+    score.key: score for score in (Score("top1", "top-1", "Accuracy", " %"), Score("ap", "AP", "Average precision"))
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +95,18 @@ class RunRecord:
         except UserError as error:
             raise UserError(f"'{folder}' was written by another version of kd_hf: {error}") from None
         return cls(path, recipe, tuple(read_log(path)))
+
+    @cached_property
+    def task(self) -> Task:
+        """What was learned from the images."""
+        from kd_hf.task import task_of
+
+        return task_of(self.recipe)
+
+    @property
+    def score(self) -> Score:
+        """The number that its networks are compared by."""
+        return SCORES[self.task.metric]
 
     @property
     def name(self) -> str:
@@ -134,8 +183,8 @@ class RunRecord:
         return RunRecord.read(folder) if (folder / RESOLVED).is_file() and (folder / LOG).is_file() else None
 
     @property
-    def plain_top1(self) -> float | None:
-        """Top-1 in percent of the same student without distillation, trained beside this run or given in the recipe."""
+    def plain_score(self) -> float | None:
+        """:attr:`score` of the same student without distillation, trained beside this run or given in the recipe."""
         if self.plain is not None:
-            return self.plain.last("eval_top1")
+            return self.plain.last(self.score.logged)
         return self.recipe.baseline if isinstance(self.recipe.baseline, float) else None

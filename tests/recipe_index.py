@@ -19,8 +19,9 @@ INTRODUCTION = """\
 One file for every published row, and one for each student without a teacher. The first lines of a file say where its
 values come from, what was published, what differs from the authors' run, and the command. `python -m kd_hf.plan FILE`
 explains one, and any value can be changed on the command line. The quick starts need nothing but this package; the
-others are for ImageNet-1k, or CIFAR-100 where the name says so. Published numbers are top-1 in percent; a dash stands
-where nothing was published for these values. None has been measured with this code.
+others are for ImageNet-1k, or CIFAR-100 where the name says so; detectors (ViDT, YOLOS, RT-DETR) are for COCO.
+Published numbers are top-1 in percent, average precision for detectors; a dash stands where nothing was published for
+these values. None has been measured with this code.
 """
 COLUMNS = ("recipe", "student", "teacher", "losses", "published", "without", "images a step", "length")
 
@@ -38,14 +39,17 @@ def header(path: Path) -> list[str]:
 
 def processes(path: Path) -> int:
     """How many processes the command in a recipe's header starts."""
-    config = re.search(r"--config_file (\S+)", path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    config, said = re.search(r"--config_file (\S+)", text), re.search(r"--num_processes (\d+)", text)
+    if said:
+        return int(said[1])
     return yaml.safe_load((ROOT / config[1]).read_text())["num_processes"] if config else 1
 
 
 def published(path: Path) -> tuple[str, str]:
     """Top-1 with and without distillation, as the header gives them; a dash where it does not."""
     expected = next((line for line in header(path) if line.startswith("Expected:")), "")
-    with_, without = re.match(r"Expected: ([\d.]+) top-1", expected), re.search(r"([\d.]+) without", expected)
+    with_, without = re.match(r"Expected: ([\d.]+) (?:top-1|AP)", expected), re.search(r"([\d.]+) without", expected)
     return (with_[1] if with_ else "–"), (without[1] if without else "–")
 
 

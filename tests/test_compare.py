@@ -15,6 +15,7 @@ from kd_hf.errors import UserError
 from kd_hf.files import write_text
 from kd_hf.recipe import RESOLVED, dump_recipe
 from kd_hf.train import train_recipe
+from tests.detection.runs import detection_recipe
 from tests.runs import ROOT, environment, recipe
 
 DISTILLED = {"teacher": {"model": "test_resnet"}, "methods": {"kd": {"temperature": 4}}}
@@ -229,3 +230,18 @@ def test_the_command_on_trained_runs(tmp_path):
     wrong = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr.startswith("kd_hf: error: no run folder") and wrong.stderr.count("\n") == 1
+
+
+def test_detectors_are_compared_by_precision(three, tmp_path):
+    found = []
+    for name, ap in (("a", 41.5), ("b", 43.0)):
+        made = detection_recipe(tmp_path / name, {"baseline": 40.0})
+        write_text(tmp_path / name / RESOLVED, dump_recipe(made))
+        write_text(tmp_path / name / LOG, json.dumps({"step": 4, "eval_ap": ap, "eval_ap50": 60.0}) + "\n")
+        found.append(tmp_path / name)
+    runs = read_runs(found)
+    assert [(run.metric, run.value, run.gain) for run in runs] == [("eval_ap", 41.5, 1.5), ("eval_ap", 43.0, 3.0)]
+    head, first, _ = runs_table(runs)
+    assert dict(zip(head, first, strict=True))["best AP"] == "41.50"
+    with pytest.raises(UserError, match="different tasks, measured by eval_ap and eval_top1; name a number"):
+        read_runs([found[0], three[0]])

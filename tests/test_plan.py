@@ -5,8 +5,10 @@ import torch
 
 from kd_hf import plan as plan_command
 from kd_hf.assemble import assemble
+from kd_hf.callbacks import JsonLines
 from kd_hf.plan import describe, plan_recipe
 from kd_hf.recipe import load_recipe, recipe_hash
+from tests.detection.runs import MODEL, SIZES, detection_recipe
 from tests.runs import ROOT, TEACHER, recipe, recipe_file
 
 DISTILLED = {
@@ -100,8 +102,6 @@ def test_a_teacher_that_is_trained_first_is_planned_as_its_recipe_says(capsys):
 
 
 def test_the_gate_and_what_it_measured(tmp_path):
-    from kd_hf.callbacks import JsonLines
-
     teacher = {**TEACHER, "gate": {"min_top1": 60, "samples": 100}}
     run = recipe(tmp_path, {"teacher": teacher, "methods": {"kd": {}}})
     assert "must reach top-1 at least 60 on 100 held-out images" in describe(plan_recipe(run))
@@ -111,3 +111,16 @@ def test_the_gate_and_what_it_measured(tmp_path):
     assert "it reached 71.2 (70.0 as training feeds it)" in describe(plan)
     off = recipe(tmp_path, {"teacher": {**TEACHER, "gate": {"enabled": False}}, "methods": {"kd": {}}})
     assert "teacher is not measured" in describe(plan_recipe(off))
+
+
+def test_a_detector_is_planned_by_its_shortest_side_and_precision(tmp_path):
+    teacher = {"model": MODEL, "kwargs": SIZES, "pretrained": False, "num_classes": 3, "gate": {"min_ap": 20}}
+    plan = plan_recipe(detection_recipe(tmp_path, {"teacher": teacher, "student": {"num_classes": 3}}))
+    assert plan["networks"]["student"]["shortest_side"] == 64 and "image_size" not in plan["networks"]["student"]
+    assert plan["augmentation"] == ["flip"]
+    assert plan["warnings"] == ["no method reads the teacher"]
+    assert "3 classes, 64 px shortest side" in describe(plan) and "random     flip\n" in describe(plan)
+    assert "teacher must reach AP at least 20 on 256 held-out images" in describe(plan)
+    JsonLines(tmp_path, 0).write({"step": 0, "gate": "teacher", "ap": 31.25, "ap_as_fed": 30.0})
+    gate = plan_recipe(detection_recipe(tmp_path, {"teacher": teacher, "student": {"num_classes": 3}}))["gates"]
+    assert (gate["teacher"]["measured_ap"], gate["teacher"]["measured_ap_as_fed"]) == (31.25, 30.0)

@@ -41,7 +41,7 @@ def test_a_run_is_read_with_its_numbers(tmp_path):
     assert record.metrics() == {"top1": 50.0, "teacher_top1": 90.0}
     assert record.parts() == ["kd/soft", "task/ce"]
     assert record.weights() == ["kd"]
-    assert record.plain_top1 == 45.0
+    assert record.plain_score == 45.0
     assert record.trained_teacher("teacher") is None
 
 
@@ -50,7 +50,7 @@ def test_plain_twin_and_trained_teacher_are_runs_of_their_own(tmp_path):
     run = make_run(tmp_path / "run", teacher={**TEACHER, "model": str(tmp_path / "teacher")}, baseline="train")
     make_run(run / "plain", {"step": 3, "eval_top1": 33.0})
     record = RunRecord.read(run)
-    assert record.plain_top1 == 33.0
+    assert record.plain_score == 33.0
     assert record.trained_teacher("teacher").last("train_seconds") == 7.0
 
 

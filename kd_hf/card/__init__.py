@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,18 @@ from kd_hf.card.lineage import (
     span,
     weight_text,
 )
-from kd_hf.card.metadata import BESIDE, card_data, label_of, read_config, result_entries, student_metrics
+from kd_hf.card.metadata import (
+    BESIDE,
+    RECALLS,
+    card_data,
+    in_percent,
+    label_of,
+    read_config,
+    result_entries,
+    student_metrics,
+)
+from kd_hf.card.programs import program
+from kd_hf.config import Block, DataConfig
 from kd_hf.files import atomic_folder, write_text
 from kd_hf.recipe import RESOLVED, dump_recipe, flat, recipe_hash
 from kd_hf.record import REPORT, RunRecord
@@ -31,43 +43,37 @@ README, RESULTS = "README.md", ".eval_results"
 _MOST_CLASSES = 20  # names that the card lists
 # what the report's pictures show, in the order of the card; others follow under their own names
 _CAPTIONS = {
-    "accuracy": "top-1 on held-out images over training steps",
+    "accuracy": "{score} on held-out images over training steps",
     "losses": "the loss and its parts over training steps",
     "schedule": "learning rate and weights of the losses over training steps",
     "classes": "top-1 by class",
     "cka": "how alike student and teacher see, layer by layer (centred kernel alignment)",
 }
-_OF_DATA = ("attention", "disagreements")  # these pictures hold images of the data, which may not be for everybody
+# these pictures hold images of the data, which may not be for everybody
+_OF_DATA = ("attention", "disagreements", "detections")
 
-_TIMM = """\
-import timm
-import torch
-from PIL import Image
 
-{load}
-model.eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = Image.open("image.jpg").convert("RGB")
-with torch.no_grad():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0]
-index = probabilities.argmax().item()
-print({label}, f"{{probabilities[index]:.3f}}")
-"""
-_TRANSFORMERS = """\
-import torch
-import transformers
-from PIL import Image
+@dataclass(frozen=True)
+class _Words:
+    """What the card says of one kind of network."""
 
-{load}
-processor = transformers.AutoImageProcessor.from_pretrained({place})
-image = Image.open("image.jpg").convert("RGB")
-with torch.no_grad():
-    probabilities = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
-index = probabilities.argmax().item()
-print(model.config.id2label[index], f"{{probabilities[index]:.3f}}")
-"""
-# how a loading line begins → the library's name, and a program around that line
-_PROGRAMS = {"model = timm.": ("timm", _TIMM), "model = transformers.": ("transformers", _TRANSFORMERS)}
+    kind: str
+    goodness: str
+    limit: str
+
+
+_WORDS = {
+    "image-classification": _Words(
+        "An image classifier",
+        "accuracy",
+        "It gives one of the classes of {data} for any image, also for one that shows none of them.",
+    ),
+    "object-detection": _Words(
+        "An object detector",
+        "precision",
+        "It knows the classes of {data} only: other things are not found, or taken for one of them.",
+    ),
+}
 
 
 def model_card(record: RunRecord, repo_id: str | None = None) -> str:
@@ -130,7 +136,7 @@ def _about(record: RunRecord) -> str:
     by = f" with {_and(methods)}" if methods else ""
     start = " It began with pretrained weights." if recipe.student.pretrained else ""
     return (
-        f"An image classifier: {md.code(network_name(record, 'student'))}{size}, {how}{by} on "
+        f"{_WORDS[record.task.pipeline_tag].kind}: {md.code(network_name(record, 'student'))}{size}, {how}{by} on "
         f"{md.code(shown_path(recipe.data.path))}.{start}"
     )
 
@@ -149,13 +155,12 @@ def _use(student: Path, repo_id: str | None) -> list[str]:
     for load in load_lines(student):
         if repo_id:
             load = load.replace(f"local-dir:{student}", f"hf-hub:{repo_id}").replace(f'"{student}"', place)
-        known = next((program for start, program in _PROGRAMS.items() if load.startswith(start)), None)
+        known = program(load, place, label)
         if known is None:
             other.append(load)
             continue
-        library, program = known
-        lines += [f"With {library}:", "", *md.fenced(program.format(load=load, place=place, label=label), "python"), ""]
-        if "trust_remote_code=True" in load:
+        lines += [f"With {known.library}:", "", *md.fenced(known.text, "python"), ""]
+        if known.trusts:
             lines += ["A Python file beside the weights defines the network; `trust_remote_code` lets it run.", ""]
     if other:
         lines += [*md.fenced("\n".join(other), "python"), ""]
@@ -179,7 +184,7 @@ def _results(record: RunRecord) -> list[str]:
     if not metrics:
         return ["Nothing was measured on held-out images."]
     rows = _result_rows(record, metrics)
-    keys = list(dict.fromkeys(key for *_, values in rows for key in values))
+    keys = list(dict.fromkeys(key for *_, values in rows for key in values if key not in RECALLS))
     head = ["", "network", *(md.plain(label_of(key)) for key in keys), "parameters", "GMACs"]
     cells = [
         [name, md.code(network_name(record, network)), *(_value(key, values.get(key)) for key in keys),
@@ -191,9 +196,10 @@ def _results(record: RunRecord) -> list[str]:
     lines += [*md.table(_without_empty_columns([head, *cells]), left=2), ""]
     if "agreement" in metrics:
         lines += ["Agreement: on how many of the images it chooses the same class as the teacher.", ""]
-    if "top1" not in metrics:
-        return [*lines, "These images have no labels, so the accuracy of the student is not known."]
-    return [*lines, *_gain(record, metrics["top1"])]
+    if record.score.key not in metrics:
+        goodness = _WORDS[record.task.pipeline_tag].goodness
+        return [*lines, f"These images have no labels, so the {goodness} of the student is not known."]
+    return [*lines, *_gain(record, metrics[record.score.key])]
 
 
 def _result_rows(record: RunRecord, metrics: Mapping[str, float]) -> list[tuple[str, str, Mapping[str, float]]]:
@@ -202,8 +208,8 @@ def _result_rows(record: RunRecord, metrics: Mapping[str, float]) -> list[tuple[
     rows += [(text, "student", found) for name, text in BESIDE.items() if (found := _with_prefix(metrics, name))]
     if record.plain is not None:
         rows.append(("plain student", "student", student_metrics(record.plain, exported_metrics(record.plain))))
-    elif record.plain_top1 is not None:
-        rows.append(("plain student, as given", "student", {"top1": record.plain_top1}))
+    elif record.plain_score is not None:
+        rows.append(("plain student, as given", "student", {record.score.key: record.plain_score}))
     return rows + [(md.plain(name), name, _with_prefix(metrics, name)) for name in record.recipe.all_teachers()]
 
 
@@ -215,7 +221,7 @@ def _with_prefix(metrics: Mapping[str, float], name: str) -> dict[str, float]:
 def _value(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.2f}" if label_of(key).endswith("%") else f"{value:.4g}"
+    return f"{value:.2f}" if in_percent(key) else f"{value:.4g}"
 
 
 def _size(record: RunRecord, network: str) -> tuple[str, str]:
@@ -230,12 +236,13 @@ def _without_empty_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[row[column] for column in kept] for row in rows]
 
 
-def _gain(record: RunRecord, top1: float) -> list[str]:
-    plain = exported_metrics(record.plain).get("top1") if record.plain else record.plain_top1
+def _gain(record: RunRecord, own: float) -> list[str]:
+    score = record.score
+    plain = exported_metrics(record.plain).get(score.key) if record.plain else record.plain_score
     if plain is None:
         return []
     alike = ", trained with the same data, seed and steps, on labelled images only" if record.plain else ""
-    return [f"Top-1 against the plain student{alike}: {top1 - plain:+.2f} points."]
+    return [f"{score.beginning} against the plain student{alike}: {own - plain:+.2f} points."]
 
 
 def _lineage(record: RunRecord) -> list[str]:
@@ -291,43 +298,63 @@ def _preprocessing(student: Path) -> str:
     if not facts:
         return ""
     mean, std = (" ".join(f"{value:.4g}" for value in facts[key]) for key in ("mean", "std"))
+    return f"{_pixels(facts)}, {facts['interpolation']}; mean {mean}, std {std}"
+
+
+def _pixels(facts: Mapping[str, Any]) -> str:
+    """Size of an image as the network is shown it, and the part of the image that it is."""
+    if "crop_mode" not in facts:
+        size = facts["size"]
+        return f"the shortest side {size['shortest_edge']} pixels, the longest at most {size['longest_edge']}"
     side, squashed = facts["input_size"][-1], facts["crop_mode"] == "squash"
     part = "the whole image, squashed" if squashed else f"the central {facts['crop_pct']:.4g} of the image"
-    return f"{side} × {side} pixels, {part}, {facts['interpolation']}; mean {mean}, std {std}"
+    return f"{side} × {side} pixels, {part}"
 
 
 def _from_processor(found: Mapping[str, Any]) -> dict[str, Any]:
-    """An image processor's facts under timm's names."""
+    """An image processor's facts under timm's names; what does not crop keeps its own name for sizes."""
     from PIL.Image import Resampling
 
-    return {
-        "input_size": [found["crop_size"]["height"]],
+    facts = {
         "mean": found["image_mean"],
         "std": found["image_std"],
         "interpolation": Resampling(found["resample"]).name.lower(),
-        "crop_pct": found["crop_pct"],
-        "crop_mode": "center" if found["do_center_crop"] else "squash",
     }
+    if "crop_size" not in found:
+        return {**facts, "size": found["size"]}
+    crop_mode = "center" if found["do_center_crop"] else "squash"
+    side = found["crop_size"]["height"]
+    return {**facts, "input_size": [side], "crop_pct": found["crop_pct"], "crop_mode": crop_mode}
 
 
 def _procedure(record: RunRecord) -> dict[str, str]:
-    train, augment, steps = record.recipe.train, record.recipe.data.augment, _steps(record)
+    train, steps = record.recipe.train, _steps(record)
     every, best = record.start.get("steps_per_epoch"), exported_step(record)
     warmup = f", {span(train.warmup_steps)} of warm-up" if train.warmup_steps.amount else ""
-    drawn: dict[str, Any] = {"crop.kind": augment.crop.kind, "hflip": augment.hflip}
-    drawn |= flat(augment.model_dump(mode="json", exclude_defaults=True))
     average = f"decay {train.ema.decay:g}, {'exported' if train.ema.export else 'not exported'}" if train.ema else ""
     return {
         "length": f"{steps:,} steps" + (f", {steps / every:.4g} epochs" if every else ""),
         "images per step": f"{record.start['global_batch']:,}" if "global_batch" in record.start else "",
         "optimiser": f"{train.optim}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type}{warmup}), "
         f"weight decay {train.weight_decay:g}",
-        "augmentation": ", ".join(f"{key} {value}" for key, value in drawn.items()),
+        "augmentation": ", ".join(f"{key} {value}" for key, value in _augmentation(record.recipe.data).items()),
         "weight average": average,
         "precision": "bfloat16" if train.bf16 else "float16" if train.fp16 else "float32",
         "seed": str(train.seed),
         "exported weights": f"of step {best:,}, best by {train.metric_for_best_model}" if best is not None else "",
     }
+
+
+def _augmentation(data: DataConfig) -> dict[str, Any]:
+    """What is drawn for every training image: the main options, and those that are not at their defaults."""
+    main: dict[str, Any]
+    if data.boxes is None:
+        augment: Block = data.augment
+        main = {"crop.kind": data.augment.crop.kind, "hflip": data.augment.hflip}
+    else:
+        augment = data.boxes.augment
+        main = {"hflip": data.boxes.augment.hflip, "crop": data.boxes.augment.crop}
+    return main | flat(augment.model_dump(mode="json", exclude_defaults=True))
 
 
 def _cost(record: RunRecord) -> dict[str, str]:
@@ -360,7 +387,7 @@ def _pictures(record: RunRecord) -> list[Path]:
 def _curves(record: RunRecord) -> list[str]:
     lines = []
     for path in _pictures(record):
-        caption = _CAPTIONS.get(path.stem, path.stem.replace("_", " "))
+        caption = _CAPTIONS.get(path.stem, path.stem.replace("_", " ")).replace("{score}", record.score.name)
         lines += [
             "",
             f"{md.plain(caption[0].upper() + caption[1:])}:",
@@ -372,7 +399,7 @@ def _curves(record: RunRecord) -> list[str]:
 
 def _limits(record: RunRecord) -> list[str]:
     recipe, data = record.recipe, md.code(shown_path(record.recipe.data.path))
-    lines = [f"- It gives one of the classes of {data} for any image, also for one that shows none of them."]
+    lines = [f"- {_WORDS[record.task.pipeline_tag].limit.format(data=data)}"]
     if exported_metrics(record):
         split = "a sample of the evaluation split" if recipe.eval.max_samples else "the evaluation split"
         lines.append(f"- It was measured on {split} of {data} only; how it does on other images is not known.")

@@ -25,7 +25,10 @@ from kd_hf.record import RunRecord
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-_TASK = "image-classification"
+PRECISIONS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium",
+              "ap_large": "AP large"}  # fmt: skip
+RECALLS = {"ar1": "AR1", "ar10": "AR10", "ar100": "AR100", "ar_small": "AR small", "ar_medium": "AR medium",
+           "ar_large": "AR large"}  # fmt: skip
 _LABELS = {
     "top1": "top-1 %",
     "top5": "top-5 %",
@@ -36,8 +39,11 @@ _LABELS = {
     "brier": "Brier",
     "kl": "KL",
     "cka": "CKA",
+    **PRECISIONS,
+    **RECALLS,
 }
 _ACCURACIES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+_HUB_METRICS = {**dict.fromkeys(_ACCURACIES, "accuracy"), "ap": "mean_average_precision"}  # the others: their own key
 BESIDE = {"raw": "its weights without averaging", "ema": "its averaged weights"}
 
 
@@ -45,18 +51,19 @@ def card_data(record: RunRecord, repo_id: str | None = None) -> ModelCardData:
     """The front matter, as ``huggingface_hub.ModelCardData``."""
     from huggingface_hub import ModelCardData
 
-    recipe, methods = record.recipe, distilling(record.recipe)
+    recipe, methods, task = record.recipe, distilling(record.recipe), record.task.pipeline_tag
     dataset, results = dataset_id(record), _eval_results(record)
     bases = dict.fromkeys(hub_id(record, name) for name in ("student", *recipe.all_teachers()))
+    measured = {result.metric_type for result in results}
     distilled = ["knowledge-distillation"] if recipe.all_teachers() or methods else []
     return ModelCardData(
         library_name=_library(record.student),
-        pipeline_tag=_TASK,
+        pipeline_tag=task,
         license=recipe.hub.license,
         datasets=[dataset] if dataset else None,
         base_model=[base for base in bases if base] or None,
-        tags=[_TASK, *distilled, "kd_hf", *methods, *recipe.hub.tags],
-        metrics=["accuracy"] if any(result.metric_type == "accuracy" for result in results) else None,
+        tags=[task, *distilled, "kd_hf", *methods, *recipe.hub.tags],
+        metrics=[kind for kind in dict.fromkeys(_HUB_METRICS.values()) if kind in measured] or None,
         model_name=(repo_id or record.name).rpartition("/")[2],
         eval_results=results or None,
         distillation=_distillation(record),
@@ -94,13 +101,13 @@ def _eval_results(record: RunRecord) -> list[EvalResult]:
         accuracy = key in _ACCURACIES
         results.append(
             EvalResult(
-                task_type=_TASK,
+                task_type=record.task.pipeline_tag,
                 dataset_type=dataset_kind(record),
                 dataset_name=shown_path(data.path),
                 dataset_config=data.name if hub else None,
                 dataset_split=data.eval_split,
                 dataset_revision=data.revision if hub else None,
-                metric_type="accuracy" if accuracy else key,
+                metric_type=_HUB_METRICS.get(key, key),
                 metric_name=_ACCURACIES.get(key) or label_of(key),
                 metric_value=round(value / 100 if accuracy else value, 6),
             )
@@ -113,14 +120,16 @@ def result_entries(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     data, metrics, dataset = record.recipe.data, exported_metrics(record), dataset_id(record)
-    if dataset is None or "top1" not in metrics or record.recipe.eval.max_samples is not None:
+    key = record.score.key
+    if dataset is None or key not in metrics or record.recipe.eval.max_samples is not None:
         return {}
+    name = _ACCURACIES.get(key) or label_of(key)
     entry = EvalResultEntry(
         dataset_id=dataset,
         task_id=data.name or "default",
-        value=round(metrics["top1"], 4),
+        value=round(metrics[key], 4),
         dataset_revision=data.revision,
-        notes=f"top-1 accuracy in percent, split {data.eval_split}, {metrics.get('samples', 0):.0f} images",
+        notes=f"{name} in percent, split {data.eval_split}, {metrics.get('samples', 0):.0f} images",
     )
     return {f"{dataset.rpartition('/')[2]}.yaml": eval_result_entries_to_yaml([entry])}
 
@@ -145,3 +154,8 @@ def student_metrics(record: RunRecord, metrics: Mapping[str, float]) -> dict[str
 def label_of(key: str) -> str:
     """A metric's name for people; those in percent end with the sign."""
     return _LABELS.get(key, key.replace("_", " "))
+
+
+def in_percent(key: str) -> bool:
+    """Whether a metric goes from 0 to 100, also where its name does not say so."""
+    return label_of(key).endswith("%") or key in PRECISIONS or key in RECALLS

@@ -75,7 +75,7 @@ def average_precision(results: Results, category_ids: Sequence[int]) -> dict[str
 
     with _silent():
         truth = _indexed(results.rows, category_ids, list(_true_entries(results)))
-        found = _indexed(results.rows, category_ids, list(_found_entries(results)))
+        found = _indexed(results.rows, category_ids, list(found_entries(results)))
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -105,7 +105,7 @@ def _true_entries(results: Results) -> Iterator[dict[str, Any]]:
             yield {"image_id": row, "category_id": number, "bbox": box, "area": area, "iscrowd": int(crowd)}
 
 
-def _found_entries(results: Results) -> Iterator[dict[str, Any]]:
+def found_entries(results: Results) -> Iterator[dict[str, Any]]:
     found = (results.scores, results.classes, results.boxes)
     for row, scores, classes, boxes in zip(results.rows.tolist(), *found, strict=True):
         for box, number, score in zip(_with_sides(boxes), classes.tolist(), scores.tolist(), strict=True):

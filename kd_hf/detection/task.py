@@ -101,7 +101,7 @@ class Detection(Task):
     def named(self, student: ModelHandle, class_names: Sequence[str], recipe: Recipe) -> ModelHandle:
         """See :class:`Task`; the image processor gives images the size that evaluation does."""
         facts, augment = student.info.preprocessing, _augment(recipe)
-        processor = image_processor(student.network, facts.mean, facts.std, augment.eval_size, augment.max_size)
+        processor = image_processor(student, facts.mean, facts.std, augment.eval_size, augment.max_size)
         return replace(super().named(student, class_names, recipe), image_processor=processor)
 
     def batches(

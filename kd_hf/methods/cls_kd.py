@@ -94,6 +94,7 @@ class ClsKD(Method):
         assert teacher is not None
         (self.tokens, width), (theirs, channels) = (next(iter(s.taps.values())) for s in (student, teacher))
         _check_counts(self.tokens, theirs)
+        self.widths = width + channels
         projects = (width != channels) if cfg.use_projector is None else cfg.use_projector
         if cfg.dim_match == "projector" and width != channels and not projects:
             raise UserError(
@@ -132,9 +133,9 @@ class ClsKD(Method):
         return losses
 
     def cost(self) -> Cost:
-        """Own parameters, and the multiply–accumulates of the projector on one token of each pair."""
-        macs = kernel_macs(self.projector.modules()) * len(self.cfg.student_blocks)
-        return Cost(parameters=super().cost().parameters, macs=macs)
+        """Own parameters, and the multiply–accumulates of the projector and of ⟨·_0, ·_p⟩, for each pair."""
+        macs = kernel_macs(self.projector.modules()) + (self.tokens - 1) * self.widths
+        return Cost(parameters=super().cost().parameters, macs=macs * len(self.cfg.student_blocks))
 
     def _class_token(self, student: Tensor, teacher: Tensor) -> Tensor:
         """L^cls of unit class tokens ``[B, D_s], [B, D_t]``."""
@@ -186,7 +187,8 @@ def _from_class(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Of unit tokens ``[B, N, D]`` the class token ``[B, D]`` and its cosine with each patch ``[B, N-1]``."""
     # one split has one gradient; three slices would each fill a copy of the tokens with zeros
     token, patches = tokens.split((1, tokens.shape[1] - 1), dim=1)
-    return token[:, 0], (token * patches).sum(2)
+    with exact(tokens):
+        return token[:, 0], torch.bmm(patches, token.transpose(1, 2)).squeeze(2)
 
 
 def _lengths(tokens: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from kd_hf.data.draws import Draws
 from kd_hf.errors import UserError
 from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import batch_mean, frozen, full_precision, squared_distance
+from kd_hf.methods.losses import squared_distance
 from kd_hf.methods.manifold import block_taps
 from kd_hf.methods.projectors import Generator, align_tokens, kernel_macs
 from kd_hf.models.info import ModelInfo, Shapes
@@ -75,6 +76,7 @@ class ViTKD(Method):
             )
         if self.side**2 != self.tokens:
             raise UserError(f"methods.vitkd: {self.tokens} patch tokens are no square grid; choose square images")
+        self.kept = int(self.tokens * (1 - cfg.mask_ratio))
         self.low = [role for role in student.taps if role != HIGH]
         self.align_low = nn.ModuleList(align_tokens(width, channels) for _ in self.low)
         self.align_high = align_tokens(width, channels)
@@ -94,30 +96,58 @@ class ViTKD(Method):
             squared_distance(align(self._patches(student.taps[role])), self._patches(teacher.taps[role]))
             for role, align in zip(self.low, self.align_low, strict=True)
         ]
-        masked = self._masked(draws["noise"])
-        generated = self._generate(self.align_high(student.taps[HIGH]), masked)
-        errors = (full_precision(generated) - frozen(teacher.taps[HIGH])).square().sum(2) * masked  # [B, M]
+        order = draws["noise"].argsort(dim=1, stable=True)
+        kept, masked = order.split((self.kept, self.tokens - self.kept), dim=1)
+        generated = self._generate(self.align_high(student.taps[HIGH]), kept, masked)
+        wanted = teacher.taps[HIGH].take_along_dim(masked[:, :, None], dim=1)
         return {
             "mimic": self.cfg.alpha * torch.stack(mimic).sum(),
-            "generation": self.cfg.beta / self.cfg.mask_ratio * batch_mean(errors.sum(1)),
+            "generation": self.cfg.beta / self.cfg.mask_ratio * squared_distance(generated, wanted),
         }
 
     def cost(self) -> Cost:
         """Own parameters, and the multiply–accumulates of aligners and convolutions."""
-        return Cost(parameters=super().cost().parameters, macs=kernel_macs(self.modules()) * self.tokens)
+        channels = self.mask_token.shape[2]
+        # a kept token goes through one convolution and a masked one through the other; 9 C for the map of the masked
+        macs = kernel_macs([*self.align_low, self.align_high]) + 9 * channels * (channels + 1)
+        return Cost(parameters=super().cost().parameters, macs=macs * self.tokens)
 
     def _patches(self, tokens: Tensor) -> Tensor:
         """A block's output ``[B, N, D]`` without the prefix tokens: ``[B, M, D]``."""
         return tokens[:, -self.tokens :]
 
-    def _masked(self, noise: Tensor) -> Tensor:
-        """True ``[B, M]`` where a token is replaced."""
-        kept = int(self.tokens * (1 - self.cfg.mask_ratio))
-        order = noise.argsort(dim=1, stable=True)
-        return torch.ones_like(noise, dtype=torch.bool).scatter(1, order[:, :kept], False)
+    def _generate(self, tokens: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
+        """G(x̃) ``[B, n, D_t]`` at the masked positions ``[B, n]`` of the tokens ``[B, M, D_t]``.
 
-    def _generate(self, tokens: Tensor, masked: Tensor) -> Tensor:
-        """Run the generator over the grid of tokens ``[B, M, D_t]`` of which some are replaced."""
-        filled = torch.where(masked[:, :, None], self.mask_token.to(tokens.dtype), tokens)
-        grid = filled.transpose(1, 2).unflatten(2, (self.side, self.side))  # [B, D_t, √M, √M]
-        return self.generation(grid).flatten(2).transpose(1, 2)
+        A convolution is ``y_i = b + Σ_o W_o x_{i+o}`` over nine offsets o. So the y_i at masked i alone are one product
+        of their neighbours, and tokens x_j at kept j alone are one product whose nine parts are added to y_{j-o}.
+        """
+        first, first_bias, second, second_bias = self.generation.parameters()
+        hidden = self._spread(tokens, kept, first) + self._fill(kept, first, first_bias)  # [B, √M, √M, D_t]
+        bordered = F.pad(F.relu(hidden, inplace=True), (0, 0, 1, 1, 1, 1)).flatten(0, 2)  # [B (√M + 2)², D_t]
+        # an embedding has a fast gradient, unlike indexing
+        near = F.embedding(self._neighbours(masked), bordered)  # [B, n, 9, D_t]
+        return F.linear(near.flatten(2), second.permute(0, 2, 3, 1).flatten(1), second_bias)
+
+    def _spread(self, tokens: Tensor, kept: Tensor, kernel: Tensor) -> Tensor:
+        """The convolution ``[B, √M, √M, D_t]``, without bias, of the kept tokens and zeros."""
+        batch, side = len(tokens), self.side + 2
+        seen = tokens.take_along_dim(kept[:, :, None], dim=1)
+        # the neighbour at offset o is given W_{-o} x_j
+        parts = F.linear(seen, kernel.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)).view(-1, tokens.shape[2])
+        cells = parts.new_zeros(batch * side**2, parts.shape[1]).index_add(0, self._neighbours(kept).flatten(), parts)
+        return cells.view(batch, side, side, -1)[:, 1:-1, 1:-1]
+
+    def _fill(self, kept: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+        """The convolution ``[B, √M, √M, D_t]`` of mask tokens m and zeros: Σ_o W_o m over a map of one channel."""
+        shape = len(kept), 1, self.side, self.side
+        masked = kernel.new_ones(len(kept), self.tokens).scatter(1, kept, 0.0).view(shape)
+        of_token = (kernel * self.mask_token.view(1, -1, 1, 1)).sum(1, keepdim=True)  # [D_t, 1, 3, 3]
+        return F.conv2d(masked, of_token, bias, padding=1).permute(0, 2, 3, 1)
+
+    def _neighbours(self, positions: Tensor) -> Tensor:
+        """Rows ``[B, n, 9]`` of the 3×3 neighbours of positions ``[B, n]`` among all cells of bordered grids."""
+        side, three = self.side + 2, torch.arange(3, device=positions.device)
+        image = side**2 * torch.arange(len(positions), device=positions.device)
+        corner = image[:, None] + positions + 2 * (positions // self.side)
+        return corner[:, :, None] + (side * three[:, None] + three).flatten()

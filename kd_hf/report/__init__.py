@@ -2,7 +2,8 @@
 
 ``report/`` of a run folder holds ``index.html``, which needs no other file, and its pictures as files of their own:
 ``losses.png``, ``accuracy.png``, ``schedule.png``, ``classes.png``, ``cka.png``, ``attention.png`` and
-``disagreements.png``, as far as the run gives them. ``python -m kd_hf.report RUN`` writes it again.
+``disagreements.png``, for detectors ``detections.png`` in place of the last four, as far as the run gives them.
+``python -m kd_hf.report RUN`` writes it again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 PAGE = "index.html"
 SAMPLES = 2000  # evaluation images that the networks are shown
-HEAD = ("", "network", "top-1 %", "parameters", "train s")
 
 
 def write_report(
@@ -64,7 +64,7 @@ class Row:
 
     name: str
     model: str
-    top1: float | None
+    score: float | None
     parameters: int | None
     seconds: float | None
 
@@ -73,7 +73,7 @@ class Row:
         return (
             self.name,
             self.model,
-            "" if self.top1 is None else f"{self.top1:.2f}",
+            "" if self.score is None else f"{self.score:.2f}",
             "" if self.parameters is None else f"{self.parameters:,}",
             "" if self.seconds is None else f"{self.seconds:.0f}",
         )
@@ -86,7 +86,7 @@ def finish_report(recipe: Recipe) -> str:
 
 def closing_text(record: RunRecord) -> str:
     """Table of the networks, where the report and the student lie, and the lines that load the student."""
-    lines = ["", *table([HEAD, *(row.cells() for row in rows(record))]), ""]
+    lines = ["", *table(networks(record)), ""]
     if record.recipe.data.num_labels:
         lines += [about_labels(record), ""]
     page = record.report / PAGE
@@ -111,10 +111,17 @@ def load_lines(student: Path) -> list[str]:
     """Lines of Python that load an artefact without this package."""
     config = json.loads((student / "config.json").read_text(encoding="utf-8"))
     trust = ", trust_remote_code=True" if "auto_map" in config else ""  # the network's code travels with it
-    lines = [f'model = transformers.AutoModelForImageClassification.from_pretrained("{student}"{trust})']
+    detects = any(name.endswith("ForObjectDetection") for name in config.get("architectures") or ())
+    kind = "ObjectDetection" if detects else "ImageClassification"
+    lines = [f'model = transformers.AutoModelFor{kind}.from_pretrained("{student}"{trust})']
     if "pretrained_cfg" in config:
         lines.insert(0, f'model = timm.create_model("local-dir:{student}", pretrained=True)')
     return lines
+
+
+def networks(record: RunRecord) -> list[tuple[str, ...]]:
+    """The closing table as text, its head first."""
+    return [("", "network", record.score.label, "parameters", "train s"), *(row.cells() for row in rows(record))]
 
 
 def rows(record: RunRecord) -> list[Row]:
@@ -122,8 +129,8 @@ def rows(record: RunRecord) -> list[Row]:
     found = [_teacher_row(record, name) for name in record.recipe.all_teachers()]
     if record.plain is not None:
         found.append(_student_row(record.plain, "plain student"))
-    elif record.plain_top1 is not None:
-        found.append(Row("plain student", "as published", record.plain_top1, None, None))
+    elif record.plain_score is not None:
+        found.append(Row("plain student", "as published", record.plain_score, None, None))
     return [*found, _student_row(record, student_name(record))]
 
 
@@ -135,7 +142,7 @@ def student_name(record: RunRecord) -> str:
 def _student_row(record: RunRecord, name: str) -> Row:
     note = record.networks.get("student")
     seconds = record.last("train_seconds")
-    return Row(name, note.name if note else "?", student_top1(record), note.parameters if note else None, seconds)
+    return Row(name, note.name if note else "?", student_score(record), note.parameters if note else None, seconds)
 
 
 def _teacher_row(record: RunRecord, name: str) -> Row:
@@ -143,18 +150,18 @@ def _teacher_row(record: RunRecord, name: str) -> Row:
     trained = own.networks.get("student") if own else None
     model = trained.name if trained else note.name if note else "?"
     seconds = own.last("train_seconds") if own else None
-    return Row(name, model, record.last(f"eval_{name}_top1"), note.parameters if note else None, seconds)
+    return Row(name, model, record.last(f"eval_{name}_{record.score.key}"), note.parameters if note else None, seconds)
 
 
-def student_top1(record: RunRecord) -> float | None:
-    """Top-1 in percent of the exported weights: of the last evaluation, or of the best one if the recipe says so."""
+def student_score(record: RunRecord) -> float | None:
+    """The score of the exported weights: of the last evaluation, or of the best one if the recipe says so."""
     train = record.recipe.train
     if not train.load_best_model_at_end:
-        return record.last("eval_top1")
+        return record.last(record.score.logged)
     metric = f"eval_{train.metric_for_best_model.removeprefix('eval_')}"
     lines = [line for line in record.log if line.get(metric) is not None]
     choose = max if train.greater_is_better else min
-    return choose(lines, key=lambda line: line[metric]).get("eval_top1") if lines else None
+    return choose(lines, key=lambda line: line[metric]).get(record.score.logged) if lines else None
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

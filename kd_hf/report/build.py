@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kd_hf import __version__
 from kd_hf.assemble import load_network
-from kd_hf.data.source import Source, open_source
+from kd_hf.data.source import Source
 from kd_hf.errors import UserError
 from kd_hf.files import atomic_folder
 from kd_hf.models.handle import ModelHandle
-from kd_hf.models.load import load_model
 from kd_hf.record import RunRecord
-from kd_hf.report import HEAD, PAGE, figures, galleries, load_lines, rows
+from kd_hf.report import PAGE, figures, galleries, load_lines
 from kd_hf.report import facts as words
+from kd_hf.report import networks as table_of_networks
 from kd_hf.report.attention import gaze
 from kd_hf.report.page import Page, render
 from kd_hf.report.probe import PLAIN, STUDENT, Sample, class_gains, confusions, linear_cka, look
@@ -36,7 +37,7 @@ def build_report(
     """Write the page and its pictures; see :func:`kd_hf.report.write_report`."""
     page = Page(record.name, words.outcome(record), notes=words.state(record), version=__version__)
     page.tiles, page.metrics = words.tiles(record), words.metrics(record)
-    page.networks = [HEAD, *(row.cells() for row in rows(record))]
+    page.networks = table_of_networks(record)
     page.facts, page.recipe = words.facts(record), words.beyond_defaults(record)
     for draw in (figures.accuracy, figures.losses, figures.schedule):
         with _noted(page, "A chart of the log is missing"):
@@ -45,9 +46,8 @@ def build_report(
         page.load = load_lines(record.student)
         with _noted(page, "The pictures of the networks are missing"):
             networks = _open_networks(record, teachers, device, page)
-            images = source or open_source(record.recipe.data, "eval")
-            sample = look(networks, images, samples=samples, progress=progress)
-            _add_networks(page, networks, replace(sample, classes=_in_words(record, sample.classes)))
+            images = source or record.task.open_images(record.recipe, "eval")
+            _PROBES[record.task.pipeline_tag](page, record, networks, images, device, samples, progress)
     return _write(page, record.report)
 
 
@@ -70,8 +70,8 @@ def _open_networks(
     record: RunRecord, teachers: Mapping[str, ModelHandle] | None, device: str | torch.device, page: Page
 ) -> dict[str, ModelHandle]:
     """Student, teachers and plain twin by name; who cannot be had is noted."""
-    trust = record.recipe.student.trust_remote_code
-    networks = {STUDENT: load_model(str(record.student), pretrained=True, trust_remote_code=trust, device=device)}
+    options = {"pretrained": True, "trust_remote_code": record.recipe.student.trust_remote_code, "device": device}
+    networks = {STUDENT: record.task.load(str(record.student), **options)}
     if teachers is not None:
         networks |= teachers
     else:
@@ -80,10 +80,48 @@ def _open_networks(
                 networks[name] = load_network(cfg, record.recipe, cfg.num_classes, device)
     if record.plain is not None:
         with _noted(page, "The comparison with the plain student is missing, it cannot be opened"):
-            networks[PLAIN] = load_model(
-                str(record.plain.need()), pretrained=True, trust_remote_code=trust, device=device
-            )
+            networks[PLAIN] = record.task.load(str(record.plain.need()), **options)
     return networks
+
+
+def _add_classifiers(
+    page: Page,
+    record: RunRecord,
+    networks: Mapping[str, ModelHandle],
+    source: Source,
+    device: str | torch.device,
+    samples: int,
+    progress: bool,
+) -> None:
+    """Pictures of what classifiers say, hold alike and look at."""
+    sample = look(networks, source, samples=samples, progress=progress)
+    _add_networks(page, networks, replace(sample, classes=_in_words(record, sample.classes)))
+
+
+def _add_detectors(
+    page: Page,
+    record: RunRecord,
+    networks: Mapping[str, ModelHandle],
+    source: Any,
+    device: str | torch.device,
+    samples: int,
+    progress: bool,
+) -> None:
+    """The picture of what detectors find."""
+    from kd_hf.report.detectors import side_by_side
+
+    drawn, others = side_by_side(networks, source, record.recipe, device, samples)
+    _add(page, drawn)
+    for name in others:
+        page.notes.append(f"What {name} finds is not shown: its classes are not the data's.")
+    page.notes.append("Gains by class, likeness of features, attention and disagreements are for classifiers only.")
+
+
+# by the task's name on the Hub
+_PROBES: dict[str, Callable[..., None]] = {
+    "image-classification": _add_classifiers,
+    "object-detection": _add_detectors,
+}
 
 
 def _in_words(record: RunRecord, classes: tuple[str, ...]) -> tuple[str, ...]:

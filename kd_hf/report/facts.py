@@ -7,28 +7,36 @@ from collections.abc import Iterable
 
 import yaml
 
+from kd_hf.card.metadata import PRECISIONS, RECALLS
 from kd_hf.record import RunRecord
 from kd_hf.report import Row, about_labels, rows, student_name
 
-_METRICS = {"top1": "top-1 %", "top5": "top-5 %", "agreement": "agreement with the teacher %", "samples": "images"}
+_METRICS = {
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "agreement": "agreement with the teacher %",
+    **PRECISIONS,
+    **RECALLS,
+    "samples": "images",
+}
 
 
 def outcome(record: RunRecord) -> str:
     """The result of a run in one sentence."""
     table = {row.name: row for row in rows(record)}
     student = table[student_name(record)]
-    if student.top1 is None:
+    if student.score is None:
         return "The student has not been evaluated yet."
     reached = "reaches" if is_finished(record) else "is at"
-    text = f"The {student.name} {reached} {student.top1:.1f} % top-1"
+    text = f"The {student.name} {reached} {record.score.text(student.score, 1)} {record.score.name}"
     plain = table.get("plain student")
     parts = []
-    if plain is not None and plain.top1 is not None:
-        parts.append(_beside(student.top1, plain.top1, "the plain one"))
-    teachers = [row for name in record.recipe.all_teachers() if (row := table[name]).top1 is not None]
+    if plain is not None and plain.score is not None:
+        parts.append(_beside(student.score, plain.score, "the plain one"))
+    teachers = [row for name in record.recipe.all_teachers() if (row := table[name]).score is not None]
     for row in teachers:
         name = "its teacher" if len(record.recipe.all_teachers()) == 1 else f"teacher '{row.name}'"
-        parts.append(_beside(student.top1, row.top1 or 0.0, name, unit=not parts))
+        parts.append(_beside(student.score, row.score or 0.0, name, unit=not parts))
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return f"{text}{', ' + listed if listed else ''}{_smaller(student, teachers)}."
 
@@ -74,10 +82,10 @@ def tiles(record: RunRecord) -> list[tuple[str, str]]:
     student = table[student_name(record)]
     plain, agreement = table.get("plain student"), record.last("eval_agreement")
     found = []
-    if student.top1 is not None:
-        found.append((f"{student.top1:.2f} %", f"top-1 of the {student.name}"))
-    if student.top1 is not None and plain is not None and plain.top1 is not None:
-        found.append((f"{student.top1 - plain.top1:+.2f}".replace("-", "−"), "points over the plain student"))
+    if student.score is not None:
+        found.append((record.score.text(student.score, 2), f"{record.score.name} of the {student.name}"))
+    if student.score is not None and plain is not None and plain.score is not None:
+        found.append((f"{student.score - plain.score:+.2f}".replace("-", "−"), "points over the plain student"))
     if agreement is not None:
         found.append((f"{agreement:.2f} %", "agreement with the teacher"))
     if student.parameters:
@@ -103,9 +111,12 @@ def _duration(seconds: float) -> str:
 
 def metrics(record: RunRecord) -> list[tuple[str, str]]:
     """The newest evaluation, (name, value)."""
-    values = record.metrics()
+    values, score = record.metrics(), record.score
     ordered = [*(name for name in _METRICS if name in values), *(name for name in values if name not in _METRICS)]
-    return [(_METRICS.get(name, name.replace("_top1", " top-1 %")), _number(name, values[name])) for name in ordered]
+    return [
+        (_METRICS.get(name, name.replace(f"_{score.key}", f" {score.label}")), _number(name, values[name]))
+        for name in ordered
+    ]
 
 
 def _number(name: str, value: float) -> str:

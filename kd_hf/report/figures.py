@@ -203,9 +203,10 @@ def _log_scale_where_it_helps(axis: Axes, values: Sequence[float]) -> None:
 
 def accuracy(record: RunRecord) -> Picture | None:
     """``accuracy.png``: the student over steps, beside its plain twin and its teachers."""
-    own = series(record, "eval_top1")
-    plain = series(record.plain, "eval_top1") if record.plain is not None else []
-    teachers = [row for row in rows(record) if row.name in record.recipe.all_teachers() and row.top1 is not None]
+    score = record.score
+    own = series(record, score.logged)
+    plain = series(record.plain, score.logged) if record.plain is not None else []
+    teachers = [row for row in rows(record) if row.name in record.recipe.all_teachers() and row.score is not None]
     if not own and not plain:
         return None
 
@@ -216,18 +217,18 @@ def accuracy(record: RunRecord) -> Picture | None:
             _line(axis, own, color=theme.student, label=label)
         if plain:
             _line(axis, plain, color=theme.plain, marker="s", label="plain student", linestyle="--")
-        elif record.plain_top1 is not None:
-            axis.axhline(record.plain_top1, color=theme.plain, linestyle="--", label="plain student, as published")
+        elif record.plain_score is not None:
+            axis.axhline(record.plain_score, color=theme.plain, linestyle="--", label="plain student, as published")
         for index, row in enumerate(teachers):
             color = theme.cycle[1] if index == 0 else theme.cycle[2 + index % (len(theme.cycle) - 2)]
-            axis.axhline(row.top1 or 0.0, color=color, linestyle=":", linewidth=1.8, label=_label(row.name))
-        _steps(axis, "top-1 on held-out images, %")
+            axis.axhline(row.score or 0.0, color=color, linestyle=":", linewidth=1.8, label=_label(row.name))
+        _steps(axis, f"{score.name} on held-out images" + (", %" if score.sign else ""))
         axis.legend(loc="lower right")
         return figure
 
-    caption = "Top-1 on the evaluation images over training"
+    caption = f"{score.beginning} on the evaluation images over training"
     caption += "; the gap between the two students is what distilling gave." if own and plain else "."
-    return picture("accuracy", "Accuracy", caption, draw)
+    return picture("accuracy", score.title, caption, draw)
 
 
 def schedule(record: RunRecord) -> Picture | None:

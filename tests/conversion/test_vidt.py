@@ -12,7 +12,9 @@ from transformers import AutoModelForObjectDetection
 from kd_hf.conversion.layouts import find_student
 from kd_hf.conversion.reading import read_checkpoint
 from kd_hf.conversion.vidt import body_from_swin, config_of, convert_vidt, fit_vidt, is_vidt
+from kd_hf.convert import main as convert
 from kd_hf.detection import register_auto_classes
+from kd_hf.detection.load import load_detector
 from kd_hf.detection.vidt import ViDTForObjectDetection
 from kd_hf.detection.vidt_config import ViDTConfig
 from kd_hf.errors import UserError
@@ -172,3 +174,13 @@ def test_body_starts_from_an_imagenet_swin(late):
     assert len(expected) == 3
     for found, wanted in zip(maps, expected, strict=False):
         torch.testing.assert_close(found, wanted)
+
+
+def test_the_command_needs_no_architecture(tmp_path, capsys):
+    torch.save({"model": state_dict(SMALL)}, tmp_path / "vidt.pth")
+    assert convert([str(tmp_path / "vidt.pth"), "-o", str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    assert load_detector(str(tmp_path / "out"), pretrained=True).info.queries == 6
+    torch.save({"model": {"fc.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="--arch: name the network"):
+        convert([str(tmp_path / "other.pth"), "-o", str(tmp_path / "other")])

@@ -167,7 +167,7 @@ def test_what_cannot_serve_is_refused_with_the_reason():
         ClsKD.Config(norm_distill=True)
 
 
-def test_cost_counts_the_projector_on_the_class_tokens():
+def test_cost_counts_the_projector_and_the_similarities_of_the_class_tokens():
     method = make(manifold=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run(method, features(4, OURS), features(6, THEIRS, seed=1))

@@ -101,18 +101,24 @@ def test_srrl():
     agree(total(losses), expected, ours, *method.parameters())
 
 
+def generated(channels=6):
+    """ViTKD on 4×4 tokens with a mask token other than 0."""
+    roles = ("block:0", "block:1", "high")
+    sizes = {"student": dict.fromkeys(roles, (16, 4)), "teacher": dict.fromkeys(roles, (16, channels))}
+    method = build(ViTKD, **sizes, mask_ratio=0.3)
+    torch.nn.init.normal_(method.mask_token)
+    ours = [features(2, 16, 4, seed=seed) for seed in range(3)]
+    theirs = [features(2, 16, channels, seed=seed).detach() for seed in range(3, 6)]
+    return method, ours, theirs, outputs(*(dict(zip(roles, side, strict=True)) for side in (ours, theirs)))
+
+
 @pytest.mark.parametrize("channels", [4, 6])
 def test_vitkd(channels):
-    roles = ("block:0", "block:1", "high")
-    sizes = {"student": dict.fromkeys(roles, (9, 4)), "teacher": dict.fromkeys(roles, (9, channels))}
-    method = build(ViTKD, **sizes, mask_ratio=0.3)
-    ours = [features(2, 9, 4, seed=seed) for seed in range(3)]
-    theirs = [features(2, 9, channels, seed=seed).detach() for seed in range(3, 6)]
-    noise = torch.rand(2, 9)
-    taps = (dict(zip(roles, side, strict=True)) for side in (ours, theirs))
+    method, ours, theirs, given = generated(channels)
+    noise = torch.rand(2, 16)
     learned = method.align_low, method.align_high, method.mask_token, method.generation
     expected = plain.vitkd(ours[:2], theirs[:2], ours[2], theirs[2], *learned, noise, ratio=0.3)
-    agree(total(method(*outputs(*taps), {"noise": noise})), expected, *ours, *method.parameters())
+    agree(total(method(*given, {"noise": noise})), expected, *ours, *method.parameters())
 
 
 def blocks(method, channels=6, **config):
@@ -199,7 +205,7 @@ def test_finite_and_right_where_probabilities_round_to_one_and_zero(name, gap):
 
 
 COMPILED = [(method, {}) for method in CERTAIN.values()]
-COMPILED += [(NKD, {"temperature": 3.0}), (Manifold, {"K": 7}), (ClsKD, {"K": 7})]
+COMPILED += [(NKD, {"temperature": 3.0}), (Manifold, {"K": 7}), (ClsKD, {"K": 7}), (ViTKD, {})]
 
 
 @pytest.mark.parametrize(("method", "config"), COMPILED, ids=lambda value: getattr(value, "name", str(value)))
@@ -208,6 +214,9 @@ def test_one_graph_under_compile(method, config):
     if method in (Manifold, ClsKD):
         built, ours, _, given = blocks(method, **config)
         draws, leaves = {f"perm.{k}": torch.arange(7) for k in range(2)}, ours
+    elif method is ViTKD:
+        built, ours, _, given = generated()
+        draws, leaves = {"noise": torch.rand(2, 16)}, ours
     else:
         built = build(method, student={"pooled": (4,)} if method is USKD else {}, **config)
         leaves, draws = [logits().requires_grad_()], {}

@@ -9,7 +9,7 @@ import transformers
 
 from kd_hf.artefact import save_student
 from kd_hf.models.load import load_model
-from kd_hf.report import closing_text, finish_report, load_lines, student_top1, table
+from kd_hf.report import closing_text, finish_report, load_lines, student_score, table
 from kd_hf.report.facts import outcome, state, tiles
 from tests.report.conftest import run_lines, write_run
 from tests.runs import TEACHER, recipe
@@ -83,7 +83,7 @@ def test_top1_is_that_of_the_exported_weights(tmp_path):
     lines = [{"step": step, "eval_top1": top1} for step, top1 in ((1, 50.0), (2, 70.0), (3, 60.0))]
     last = write_run(tmp_path / "last", recipe(tmp_path / "last"), *lines)
     made = recipe(tmp_path / "best", {"train": {"load_best_model_at_end": True}})
-    assert (student_top1(last), student_top1(write_run(tmp_path / "best", made, *lines))) == (60.0, 70.0)
+    assert (student_score(last), student_score(write_run(tmp_path / "best", made, *lines))) == (60.0, 70.0)
 
 
 @pytest.mark.parametrize(
