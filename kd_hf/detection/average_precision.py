@@ -106,6 +106,7 @@ def _true_entries(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def found_entries(results: Results) -> Iterator[dict[str, Any]]:
+    """Detections as COCO's own JSON writes them, with the row for the image's number."""
     found = (results.scores, results.classes, results.boxes)
     for row, scores, classes, boxes in zip(results.rows.tolist(), *found, strict=True):
         for box, number, score in zip(_with_sides(boxes), classes.tolist(), scores.tolist(), strict=True):
