@@ -74,7 +74,7 @@ class Publisher:
         """
         repository = _Repository(self.cfg, self.run_path)
         with repository.telling("cannot push"):
-            _patiently(lambda: repository.create(self.cfg.hub_private_repo), _WAITS[:2])
+            patiently(lambda: repository.create(self.cfg.hub_private_repo), _WAITS[:2])
         self._repository = repository
 
     @property
@@ -129,7 +129,7 @@ class Publisher:
             with _quiet_client(), repository.telling("this push failed, the training goes on"):
                 sources = _sources(outgoing / STUDENT, self.run_path / LOG, checkpoint)
                 keep_last = checkpoint is None
-                _patiently(lambda: repository.commit(sources, message, keep_last), _WAITS[:2])  # the next save comes
+                patiently(lambda: repository.commit(sources, message, keep_last), _WAITS[:2])  # the next save comes
         except UserError as error:
             self.say(str(error))
         finally:
@@ -155,7 +155,7 @@ class Publisher:
         again = f"`python -m kd_hf.train --push {self.run_path}` repeats it"
         with repository.telling("the push failed", f"; the run in {self.run_path} is whole, {again}"):
             sources = _sources(folder, self.run_path / LOG)
-            _patiently(lambda: repository.commit(sources, message))
+            patiently(lambda: repository.commit(sources, message))
         return repository.url
 
 
@@ -167,7 +167,7 @@ def check_token(cfg: HubConfig, run_path: Path) -> None:
     """
     repository = _Repository(cfg, run_path)
     with repository.telling("cannot push"):
-        _patiently(repository.api.whoami, _WAITS[:2])
+        patiently(repository.api.whoami, _WAITS[:2])
 
 
 def push_run(folder: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -210,11 +210,11 @@ def fetch_checkpoint(cfg: HubConfig, run_path: Path) -> Path | None:
 
     repository, incoming = _Repository(cfg, run_path), Path(run_path) / _INCOMING
     with repository.telling(f"cannot fetch {LAST}"):
-        commit = _patiently(lambda: repository.head_holding(f"{LAST}/{STATE}"))
+        commit = patiently(lambda: repository.head_holding(f"{LAST}/{STATE}"))
         if commit is None:
             return None
         with writing(incoming):
-            _patiently(lambda: repository.download(commit, [f"{LAST}/*", LOG, RESOLVED], incoming))
+            patiently(lambda: repository.download(commit, [f"{LAST}/*", LOG, RESOLVED], incoming))
     checkpoint = _place(incoming, Path(run_path), repository.id)
     shutil.rmtree(incoming, ignore_errors=True)
     return checkpoint
@@ -275,7 +275,7 @@ class _Repository:
                 raise UserError(f"hub: there is no token; {_LOGIN}, or train with hub.push_to_hub=false")
             validate_repo_id(self.id)
             if "/" not in self.id:
-                self.id = f"{_patiently(self.api.whoami, _WAITS[:2])['name']}/{self.id}"
+                self.id = f"{patiently(self.api.whoami, _WAITS[:2])['name']}/{self.id}"
 
     @property
     def url(self) -> str:
@@ -388,7 +388,7 @@ def _telling_part(error: BaseException) -> BaseException:
     return part or error
 
 
-def _patiently(call: Callable[[], T], waits: Sequence[float] = _WAITS) -> T:
+def patiently(call: Callable[[], T], waits: Sequence[float] = _WAITS) -> T:
     """Call, and again after each of `waits` (in seconds) while the failure is one that may pass."""
     for least in waits:
         try:

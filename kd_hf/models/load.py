@@ -18,6 +18,7 @@ from torch import nn
 
 from kd_hf.config import PreprocessingConfig
 from kd_hf.errors import UserError, nearest
+from kd_hf.models.download import download_model
 from kd_hf.models.given import config_label_names, processor_preprocessing, timm_preprocessing
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm, describe_transformers
 from kd_hf.models.info import Preprocessing
@@ -244,42 +245,12 @@ def _from_hub(request: Request, repository: str, revision: str) -> Source:
         patterns += [PICKLES] if request.allow_pickle else []
     if request.trust_remote_code:
         patterns.append("*.py")
-    folder = _download(repository, request.revision or revision or None, patterns)
+    folder = download_model(repository, request.revision or revision or None, patterns)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"repository '{repository}' has no config.json, so it is neither a timm nor a transformers model"
         )
     return _from_folder(folder)
-
-
-def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """Fetch matching files of a Hub repository (from the cache when offline) and return their folder."""
-    from huggingface_hub import errors, snapshot_download
-
-    explanations: dict[type[Exception], str] = {  # the first that fits counts
-        errors.HFValidationError: "is neither a folder nor a valid Hub id (org/name)",
-        errors.GatedRepoError: f"is gated: accept its terms on https://huggingface.co/{repository}, "
-        "then `hf auth login` or set HF_TOKEN",
-        errors.RepositoryNotFoundError: "is neither a folder nor a repository on the Hub (a private one needs "
-        "`hf auth login` or HF_TOKEN)",
-        errors.RevisionNotFoundError: f"has no revision '{revision}'",
-        errors.LocalEntryNotFoundError: "is not in the cache and the Hub cannot be reached (HF_HUB_OFFLINE?); "
-        f"download it where there is a network (`hf download {repository}`) or give a folder",
-    }
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the client lets through whatever its HTTP library raises
-        # "not in the cache" is also how the client ends when the Hub answered, but with an error
-        cause = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
-        text = next((text for kind, text in explanations.items() if isinstance(cause, kind)), _explain_download(cause))
-        raise UserError(f"model '{repository}' {text}") from error
-
-
-def _explain_download(error: BaseException) -> str:
-    """What went wrong, for the errors that have no explanation of their own."""
-    if getattr(getattr(error, "response", None), "status_code", None) == 401:
-        return "could not be downloaded: the Hub does not accept the token; renew HF_TOKEN, or `hf auth login`"
-    return f"could not be downloaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # building
