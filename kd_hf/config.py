@@ -378,6 +378,9 @@ class HubConfig(Block):
     """License of the weights, as the Hub's card names it."""
     tags: tuple[str, ...] = ()
     """Further tags of the model card."""
+    data_pictures: bool = False
+    """Show evaluation images in the model card too (where the networks look, where they disagree, what detectors find);
+    whoever may read the repository sees them."""
 
 
 class Recipe(Block):

@@ -48,6 +48,8 @@ class Teacher:
         self.model = model.to(self.dtype)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
+        if args.torch_compile:
+            model.compile()
         if cfg.shard:
             shard_teacher(model, self.info, device)
         else:

@@ -90,8 +90,7 @@ class DistillTrainer:
         self.length = run_length(self.args, len(self.train_source), self.accelerator.num_processes)
         self.journal = Journal(self.accelerator, self.args)
         self.run = RunFolder(self.recipe, self.length.global_batch)
-        names, say = self.train_source.class_names, self.journal.say
-        self.publication = Publication(self.run, self.parts.student, names, say)
+        self.publication = Publication(self.run, self.parts.student, self.train_source.class_names, self.journal.say)
         self._build()
         self.state = TrainerState.of(self.args, self.length, self.accelerator)
         self.control = TrainerControl()
@@ -131,8 +130,7 @@ class DistillTrainer:
             teacher.check(self.recipe, self.train_source, views, self.length.global_batch, epochs)
 
     def _evaluator(self, source: Any) -> Any:
-        view = self.parts.student.info.preprocessing
-        students = self.trained.students()
+        students, view = self.trained.students(), self.parts.student.info.preprocessing
         return self.task.evaluator(students, view, self.teachers, source, self.accelerator, self.recipe)
 
     # ------------------------------------------------------------------------------------------ training

@@ -334,7 +334,7 @@ def test_lasting_faults_end_in_one_line(hub, tmp_path):
     hub.fail("status", f"^GET /cdn/.*org/late.*train-.* {in_front}", status=429, retry_after=1, times=99)
     cases = [
         Case("teacher", {"model": "org/short"}, "could not be downloaded: OSError: Consistency check failed"),
-        Case("teacher", {"model": "org/corrupt"}, "model 'org/corrupt': model.safetensors arrives damaged from the Hub"),
+        Case("teacher", {"model": "org/corrupt"}, "model.safetensors arrives damaged from the Hub"),
         Case("teacher", {"model": "org/down"}, "could not be downloaded: HfHubHTTPError: Server error '500"),
         Case("data", {"path": "org/closed"}, "data.path: cannot read the Parquet file hf://datasets/org/closed@"),
         Case("data", {"path": "org/cut"}, "data.path: cannot read the Parquet file hf://datasets/org/cut@"),

@@ -48,8 +48,11 @@ _CAPTIONS = {
     "schedule": "learning rate and weights of the losses over training steps",
     "classes": "top-1 by class",
     "cka": "how alike student and teacher see, layer by layer (centred kernel alignment)",
+    "attention": "where teacher and student look",
+    "disagreements": "images on which student and teacher disagree most",
+    "detections": "what teacher and student find, beside what is there",
 }
-# these pictures hold images of the data, which may not be for everybody
+# these pictures hold images of the data, which may not be for everybody: `hub.data_pictures`
 _OF_DATA = ("attention", "disagreements", "detections")
 
 
@@ -378,9 +381,10 @@ def _duration(seconds: float) -> str:
 
 
 def _pictures(record: RunRecord) -> list[Path]:
-    """The curves of the report."""
+    """The pictures of the report, those of the data where the recipe allows it."""
     order = {name: place for place, name in enumerate(_CAPTIONS)}
-    found = (path for path in record.report.glob("*.png") if path.stem not in _OF_DATA)
+    kept_back = () if record.recipe.hub.data_pictures else _OF_DATA
+    found = (path for path in record.report.glob("*.png") if path.stem not in kept_back)
     return sorted(found, key=lambda path: (order.get(path.stem, len(order)), path.name))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,3 +89,7 @@ def test_pictures_of_the_data_stay_at_home(run):
     write_card(run)
     assert [path.name for path in (run.student / "report").iterdir()] == ["accuracy.png"]
     assert "AP on held-out images over training steps" in (run.student / "README.md").read_text()
+    hub = run.recipe.hub.model_copy(update={"data_pictures": True})
+    write_card(replace(run, recipe=run.recipe.model_copy(update={"hub": hub})))
+    assert len(list((run.student / "report").iterdir())) == 2
+    assert "What teacher and student find, beside what is there:" in (run.student / "README.md").read_text()
