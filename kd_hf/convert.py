@@ -83,9 +83,7 @@ def convert_checkpoint(
     from kd_hf.conversion.vidt import convert_vidt, is_vidt
     from kd_hf.models.load import load_model
 
-    target = Path(folder)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"-o: '{target}' exists already; name a new folder")
+    target = _new_folder(Path(folder))
     source = read_checkpoint(Path(checkpoint))
     student = find_student(source, weights)
     if is_vidt(frozenset(student.tensors)):
@@ -103,6 +101,12 @@ def convert_checkpoint(
         handle.label_names = _read_labels(label_names, handle.info.num_classes)
     save_student(handle, target)
     return _describe(target, handle, student, source.foreign)
+
+
+def _new_folder(target: Path) -> Path:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"-o: '{target}' exists already; name a new folder")
+    return target
 
 
 def _describe(folder: Path, handle: ModelHandle, student: StudentWeights, foreign: Sequence[str]) -> list[str]:
