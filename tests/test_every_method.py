@@ -102,6 +102,7 @@ SHORT = (
     "train.save_strategy=no",
     "train.cpu_threads=1",
     "train.use_cpu=true",
+    "eval.report=false",
 )
 TEACHER = ("train.max_steps=120",)
 STUDENT = ("train.max_steps=80", "train.per_device_train_batch_size=32", "baseline=null")

@@ -341,7 +341,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path, monkeypatch):
     options = {"student": tiny, "teacher": TEACHER | tiny, "methods": {"kd": {"weight": 1.0}}}
     short = {"train": {"max_steps": 2, "save_strategy": "no"}}
     runs = [train_here(tmp_path / str(on), options, short, {"train": {"torch_compile": on}}) for on in (False, True)]
-    assert type(runs[1].module).__name__ == "OptimizedModule"
+    assert type(runs[1].trained.wrapped).__name__ == "OptimizedModule"
     losses = [[line["loss"] for line in read_log(run.run.path) if "loss" in line] for run in runs]
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -21,7 +21,7 @@ from tests.recipe_index import FOLDER, header, processes, published
 from tests.runs import merged
 
 Values = dict[str, Any]
-OTHERS = ("quickstart", "scalekd_", "plain_scalekd_")  # tested elsewhere
+OTHERS = ("quickstart", "scalekd_", "plain_scalekd_", "vidt_", "vkd_vidt_", "rtdetr", "yolos")  # tested elsewhere
 STEPS = 10  # an epoch of this many steps, where a rate is asked for
 
 # --- trainings: what the optimiser does, what images go through, how a student sees them ----------------------------

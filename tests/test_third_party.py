@@ -43,7 +43,7 @@ def installed(tmp_path_factory) -> Path:
     """A folder with the package as pip installs it."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = readme.partition("```python\n")[2].partition("```")[0]
+    example = next(block for block in readme.split("```python\n")[1:] if "class PooledL1" in block).partition("```")[0]
     (source / "pyproject.toml").write_text(PROJECT)
     (source / "yourpackage.py").write_text(MODULE.format(example=example.strip()))
     offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")

@@ -41,7 +41,7 @@ def save_detector(folder, labels, size=(64, 160), seed=1):
             parameter.add_(0.1 * torch.randn_like(parameter))
         for head in handle.network.bbox_embed:
             head.layers[-1].bias[2:] += 1.0
-    processor = image_processor(handle.network, VIEW.mean, VIEW.std, *size)
+    processor = image_processor(handle, VIEW.mean, VIEW.std, *size)
     save_student(replace(handle, label_names=labels, image_processor=processor), folder)
     return str(folder)
 
