@@ -23,7 +23,10 @@ from torch import Tensor
 
 CropBox = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels."""
-EXIF_WARNINGS = "Corrupt EXIF data|Possibly corrupt EXIF|Truncated File Read|Metadata Warning, tag"
+EXIF_WARNINGS = (  # Pillow 12 and 13 say it in different words
+    "Corrupt EXIF data|Possibly corrupt EXIF|Truncated File Read|Metadata Warning, tag"
+    "|Tag offset too large|Tag data larger than file"
+)
 JPEG_START, JPEG_FRAMES = b"\xff\xd8\xff", (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 ANTIALIASED = ("bilinear", "bicubic")  # what torch has with antialiasing
 TALL = 100  # height ÷ width above which PIL resizes the columns before the rows

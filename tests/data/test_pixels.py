@@ -187,7 +187,7 @@ def test_crops_are_within_50_db_of_pils(size, interpolation):
         expected = slow.cropped(box).resized(side, interpolation)
         assert found.dtype == torch.uint8 and found.shape == (3, side, side)
         assert psnr(found, expected) >= 50, (box, side)
-        assert (found.int() - expected.int()).abs().max() <= 2
+        assert (found.int() - expected.int()).abs().max() <= 8  # 2 of Pillow 12; Pillow 13 weighs bicubic otherwise
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "box", "hamming", "lanczos"])
