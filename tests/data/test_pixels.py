@@ -3,6 +3,7 @@ import random
 import warnings
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -187,7 +188,11 @@ def test_crops_are_within_50_db_of_pils(size, interpolation):
         expected = slow.cropped(box).resized(side, interpolation)
         assert found.dtype == torch.uint8 and found.shape == (3, side, side)
         assert psnr(found, expected) >= 50, (box, side)
-        assert (found.int() - expected.int()).abs().max() <= 8  # 2 of Pillow 12; Pillow 13 weighs bicubic otherwise
+        difference = (found.int() - expected.int()).abs()
+        # Pillow 13 no longer cuts off what bicubic overshoots between its two passes, beside black and white
+        overshoots = interpolation == "bicubic" and int(PIL.__version__.split(".")[0]) >= 13
+        assert difference.max() <= (8 if overshoots else 2)
+        assert (difference > 2).float().mean() <= 0.003
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "box", "hamming", "lanczos"])
