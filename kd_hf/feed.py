@@ -37,8 +37,7 @@ class Lesson:
         for part in (self.pixels, self.target):
             yield from (part,) if isinstance(part, Tensor) else part.tensors()
         for outputs in self.teachers.values():
-            yield outputs.logits
-            yield from outputs.taps.values()
+            yield from outputs.tensors()
         for drawn in self.draws.values():
             yield from drawn.values()
 
@@ -111,9 +110,12 @@ class Feed:
             batch = batch.to(self.device, non_blocking=True)
             views, target = self.stage(batch)
             active = self.active(step)
-            read = {self.module.choices[name].teacher for name in active}  # one that is not read now does not run
+            losses = [self.module.choices[name] for name in active]
+            read = {loss.teacher for loss in losses}  # one that is not read now does not run
+            whole = {loss.teacher for loss in losses if loss.needs.teacher_logits}  # the others stop after their taps
             seed_networks(self.seed, step, micro, self.rank, "teachers")
-            taught = {name: teacher(views[name]) for name, teacher in self.teachers.items() if name in read}
+            live = {name: teacher for name, teacher in self.teachers.items() if name in read}
+            taught = {name: teacher(views[name], whole=name in whole) for name, teacher in live.items()}
             told = {name: reader for name, reader in self.stored.items() if name in read}
             taught |= {name: reader(number, keys, self.device) for name, reader in told.items()}
             draws = self.module.draw(Draws(batch.key), active)

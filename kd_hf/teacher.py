@@ -67,14 +67,17 @@ class Teacher:
     def _mode_was_changed(self) -> bool:
         return self.model.network.training != (self.cfg.mode == "train")
 
-    def __call__(self, pixels: Any) -> Outputs:
+    def __call__(self, pixels: Any, whole: bool = True) -> Outputs:
         """Outputs for what the network takes, such as normalised images ``[B, 3, H, W]``.
 
-        Logits are float32, taps are in the teacher's dtype; there is no gradient.
+        Logits are float32, taps are in the teacher's dtype; there is no gradient. Where the `whole` pass is
+        not needed the network, unless it is sharded, stops after its last tap, and the logits are ``[B, 0]``.
         """
         if self._mode_was_changed:
             self._hold_mode()
         # its own dtype rules: an autocast of the student's run must not reach it
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            outputs = self.model(pixels.to(self.dtype))
-        return replace(outputs, logits=outputs.logits.float(), dist_logits=None)
+        with torch.inference_mode(), torch.autocast(pixels.device.type, enabled=False):
+            outputs: Outputs = self.model(pixels.to(self.dtype), whole=whole or self.cfg.shard)
+        # a loss may save for its backward pass what it was given, which inference mode's own tensors do not allow
+        outputs = replace(outputs, logits=outputs.logits.float(), dist_logits=None)
+        return outputs.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)

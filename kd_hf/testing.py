@@ -90,8 +90,8 @@ class _Batch:
         """Some of the samples."""
         soft = None if self.target.soft is None else self.target.soft[rows]
         return _Batch(
-            _map_outputs(self.student, lambda t: t[rows]),
-            None if self.teacher is None else _map_outputs(self.teacher, lambda t: t[rows]),
+            self.student.map(lambda t: t[rows]),
+            None if self.teacher is None else self.teacher.map(lambda t: t[rows]),
             Target(self.target.hard[rows], soft),
             self.keys[rows],
         )
@@ -101,8 +101,8 @@ class _Batch:
         soft = None if self.target.soft is None else self.target.soft.to(dtype)
         return replace(
             self,
-            student=_map_outputs(self.student, lambda t: t.detach().to(dtype)),
-            teacher=None if self.teacher is None else _map_outputs(self.teacher, lambda t: t.detach().to(dtype)),
+            student=self.student.map(lambda t: t.detach().to(dtype)),
+            teacher=None if self.teacher is None else self.teacher.map(lambda t: t.detach().to(dtype)),
             target=Target(self.target.hard, soft),
         )
 
@@ -122,11 +122,6 @@ def _made_up_part(teacher: ModelInfo, name: str) -> nn.Module:
     entry = tap_shape(teacher, name.removeprefix(AFTER))
     stride = entry[1] // GRID if len(entry) == 3 else 1
     return nn.Conv2d(entry[0] if len(entry) == 3 else entry[1], teacher.stages[-1].channels, stride, stride)
-
-
-def _map_outputs(outputs: Outputs, function: Any) -> Outputs:
-    dist = None if outputs.dist_logits is None else function(outputs.dist_logits)
-    return Outputs(function(outputs.logits), dist, {role: function(tap) for role, tap in outputs.taps.items()})
 
 
 def _tensors(outputs: Outputs | None) -> dict[str, Tensor]:
@@ -232,8 +227,8 @@ def check_method(
     """Assert that a method keeps the contract of :class:`kd_hf.methods.base.Method`, on tiny random tensors.
 
     Checked: options and their refusal, names and finiteness of losses, gradients (all own parameters and declared
-    student tensors, never the teacher's), draws as the only randomness, the mean over halves of a batch (unless
-    `batch_coupled`), samples without label, bfloat16, saving and loading.
+    student tensors, never the teacher's), logits that are read undeclared, draws as the only randomness, the mean
+    over halves of a batch (unless `batch_coupled`), samples without label, bfloat16, saving and loading.
 
     Args:
         method: the class.
@@ -262,6 +257,7 @@ def check_method(
         for kind in _kinds(case.needs):
             _check_losses(case, case.batch(kind))
             _check_gradients(case, case.batch(kind))
+            _check_logits(case, case.batch(kind))
             _check_randomness(case, case.batch(kind))
             _check_halves(case, case.batch(kind))
             _check_half_precision(case, case.batch(kind))
@@ -320,6 +316,15 @@ def _check_gradients(case: _Case, batch: _Batch) -> None:
 def _assert_gradient(name: str, tensor: Tensor) -> None:
     assert tensor.grad is not None, f"no gradient reaches {name}"
     assert torch.isfinite(tensor.grad).all(), f"the gradient of {name} is not finite"
+
+
+def _check_logits(case: _Case, batch: _Batch) -> None:
+    if batch.teacher is None or case.needs.teacher_logits:
+        return
+    losses = _run(case.build(), batch)
+    others = replace(batch, teacher=replace(batch.teacher, logits=batch.teacher.logits.flip(1)))
+    same = all(torch.equal(losses[name], value) for name, value in _run(case.build(), others).items())
+    assert same, "a loss reads the teacher's logits, which needs() does not declare; then they may not be there"
 
 
 def _check_randomness(case: _Case, batch: _Batch) -> None:

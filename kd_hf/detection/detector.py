@@ -92,13 +92,14 @@ class TappedDetector(Tapped):
         """How its architecture is read."""
         return FAMILIES[self.model_type]
 
-    def forward(self, images: Images, target: BoxTarget | None = None) -> BoxOutputs:
+    def forward(self, images: Images, target: BoxTarget | None = None, whole: bool = True) -> BoxOutputs:
         """Run the network once; `taps` of the result are keyed by tap name.
 
         Args:
             images: ``[B, 3, H, W]`` with their padding.
             target: the objects, from which some architectures make queries in training (denoising); others do
                 without.
+            whole: whether predictions are read; a detector is run to its end in any case.
         """
         ratios = _valid_ratios(images.mask)
         # what knows one frame only has its boxes there

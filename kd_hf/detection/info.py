@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -45,6 +46,11 @@ class BoxOutputs(Outputs):
     """Logits and boxes of the stages before the last, where the configuration lets them predict."""
     criterion: Callable[[BoxTarget], dict[str, Tensor]] | None = field(default=None, repr=False)
     """The architecture's own loss of this pass: see :class:`kd_hf.detection.criterion.Judge`."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """See :class:`Outputs`; what the architecture's own loss holds stays as it is."""
+        auxiliary = tuple((function(logits), function(boxes)) for logits, boxes in self.auxiliary)
+        return replace(super().map(function), boxes=function(self.boxes), auxiliary=auxiliary)
 
 
 def available_taps(info: DetectorInfo) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ number (draws are arguments), never holds its outer weight (the recipe does), an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -42,7 +42,7 @@ class Needs:
 
     student: Mapping[str, str] = field(default_factory=dict)
     teacher: Mapping[str, str] = field(default_factory=dict)
-    teacher_logits: bool = False
+    teacher_logits: bool = False  # when no loss of a step reads them, the teacher stops after its last tap
     dist_head: bool = False  # the student must train with its distillation head apart
     parts: tuple[str, ...] = ()  # live teacher modules, by reference: "head", "stage:4", …
     labels: Literal["none", "optional", "hard", "soft"] = "none"  # hard: index labels only; soft: mixed rows too
@@ -61,6 +61,23 @@ class Outputs:
     logits: Tensor
     dist_logits: Tensor | None = None
     taps: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with the function's result in the place of every tensor."""
+        dist_logits = None if self.dist_logits is None else function(self.dist_logits)
+        taps = {name: function(tap) for name, tap in self.taps.items()}
+        return replace(self, logits=function(self.logits), dist_logits=dist_logits, taps=taps)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything in it that lies on the device."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
 
 
 @dataclass

@@ -163,6 +163,10 @@ _FORMS: Mapping[str, Callable[[Tensor, Point, tuple[int, int]], Tensor]] = {
 }
 
 
+class _AllCaught(Exception):
+    """Ends a pass of which nothing but taps is read."""
+
+
 class _Recorder:
     """What the hooks of one model catch during one forward pass.
 
@@ -173,6 +177,15 @@ class _Recorder:
     def __init__(self) -> None:
         self.armed = False
         self.caught: dict[tuple[str, str, bool], Any] = {}
+        self.calls = 0  # of hooks in this pass; a module may be called more than once
+        self.last: int | None = None  # the call that ends the pass
+
+    def catch(self, key: tuple[str, str, bool], value: Any) -> None:
+        """Keep a value; raise :class:`_AllCaught` when it is the last one and nothing else of the pass is read."""
+        self.caught[key] = value
+        self.calls += 1
+        if self.calls == self.last:
+            raise _AllCaught
 
 
 class _Hook:
@@ -187,7 +200,7 @@ class _Hook:
             value = output[0] if output else args[0]
             # the next layer may work in place (BatchNorm, then ReLU); named taps are never followed by such a layer
             copy = self.key[2] and isinstance(value, Tensor)
-            self.recorder.caught[self.key] = value.clone() if copy else value
+            self.recorder.catch(self.key, value.clone() if copy else value)
 
 
 class Tapped(nn.Module):
@@ -222,6 +235,7 @@ class TappedModel(Tapped):
         self.dist_head = dist_head
         self.points = {tap: resolve_tap(info, tap) for tap in taps}
         self._recorder = _Recorder()
+        self._calls = 0  # of hooks in a whole pass
         switch = getattr(self.network, "set_distilled_training", None)
         if callable(switch):
             switch(dist_head)
@@ -233,24 +247,38 @@ class TappedModel(Tapped):
             else:
                 _last_step(module).register_forward_hook(hook)
 
-    def forward(self, pixels: Tensor, target: Target | None = None) -> Outputs:
+    def forward(self, pixels: Tensor, target: Target | None = None, whole: bool = True) -> Outputs:
         """Run the network once on ``[B, 3, H, W]``; `taps` of the result are keyed by tap name.
 
-        The target is for networks that are shown it in training; classifiers are not.
+        The target is for networks that are shown it in training; classifiers are not. Where the `whole` pass is not
+        needed the network stops after its last tap, from its second pass on, and the logits are ``[B, 0]``.
         """
-        self._recorder.caught = {}
-        self._recorder.armed = True
-        try:
-            output = self.network(pixels)
-        finally:
-            self._recorder.armed = False
-            caught, self._recorder.caught = self._recorder.caught, {}
+        output, caught = self._run(pixels, whole)
         size = (pixels.shape[-2], pixels.shape[-1])
         taps = {tap: self._read(tap, point, caught, size) for tap, point in self.points.items()}
+        if not whole:
+            return Outputs(pixels.new_empty(len(pixels), 0), None, taps)
         if self.dist_head and self.training:
             logits, dist_logits = _both_logits(output)
             return Outputs(logits, dist_logits, taps)
         return Outputs(_logits(output), None, taps)
+
+    def _run(self, pixels: Tensor, whole: bool) -> tuple[Any, Mapping[Any, Any]]:
+        """What the network gives, or None where it stopped, and what the hooks caught."""
+        recorder = self._recorder
+        # a compiled graph leaves out by itself what nobody reads
+        recorder.last = None if whole or torch.compiler.is_compiling() else self._calls or None
+        recorder.caught, recorder.calls, recorder.armed = {}, 0, True
+        output = None
+        try:
+            output = self.network(pixels)
+            self._calls = recorder.calls
+        except _AllCaught:
+            pass
+        finally:
+            recorder.armed = False
+            caught, recorder.caught = recorder.caught, {}
+        return output, caught
 
     def _read(self, tap: str, point: Point, caught: Mapping[Any, Any], size: tuple[int, int]) -> Tensor:
         if point.key not in caught:

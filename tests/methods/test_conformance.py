@@ -123,6 +123,12 @@ class RegistersTheTeacher(Honest):
         self.head = parts["head"]
 
 
+class ReadsUndeclaredLogits(Honest):
+    @classmethod
+    def needs(cls, cfg, student, teacher):
+        return Needs(teacher={"feature": "stage:-1"})
+
+
 class RefusesAll(Honest):
     @classmethod
     def needs(cls, cfg, student, teacher):
@@ -146,6 +152,7 @@ def test_an_honest_method_passes():
         (RoundsToHalf, "under bfloat16"),
         (IgnoresItsTap, "no gradient reaches student tap 'feature'"),
         (RegistersTheTeacher, "is registered"),
+        (ReadsUndeclaredLogits, "does not declare"),
         (RefusesAll, "refuses every network.*no network will do"),
     ],
 )

@@ -347,6 +347,88 @@ def test_two_heads_are_apart_only_when_asked_and_in_train_mode(source):
     assert together.dist_logits is None and same(together.logits, mean)
 
 
+def calls_of(network):
+    """Names of the modules that run from now on, in the order they begin."""
+    called = []
+    for name, module in network.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    return called
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("network", "taps", "left_out"),
+    [
+        ("resnet18", ["stage:2"], ["layer3", "layer4", "fc"]),
+        ("resnet18", ["stage:2", "stage:1"], ["layer3", "layer4", "fc"]),  # not in the order in which they come
+        ("deit_tiny_patch16_224", ["block:0", "block:1"], ["blocks.2", "norm", "head"]),
+        ("deit_tiny_patch16_224", ["tokens"], ["head"]),
+        ("deit_tiny_patch16_224", ["pre_logits"], ["head.bias"]),
+        ("swin_tiny_patch4_window7_224", ["stage:3"], ["layers.3", "head"]),
+        ("vit", ["block:1"], ["vit.layers.2", "vit.encoder.layer.2", "classifier"]),
+        ("swin", ["stage:1"], ["classifier"]),
+    ],
+)
+def test_a_pass_of_which_only_taps_are_read_stops_after_the_last(network, taps, left_out):
+    build = tiny_transformers if network in TRANSFORMERS_PLAIN or network in TRANSFORMERS_PYRAMID else None
+    handle = build(network) if build else tiny_timm(network)[0]
+    x = images(handle.info.preprocessing.image_size)
+    model = tapped(handle, taps).eval()
+    expected = model(x)
+    called = calls_of(handle.network)
+    for _ in range(2):
+        outputs = model(x, whole=False)
+        assert outputs.logits.shape == (2, 0) and outputs.dist_logits is None
+        assert all(same(outputs.taps[tap], expected.taps[tap]) for tap in taps)
+    assert called and not set(called) & set(left_out)
+    assert same(model(x).logits, expected.logits)  # and a whole pass is whole again
+
+
+@torch.no_grad()
+def test_a_module_that_runs_twice_is_waited_for():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.tail, self.fc = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.fc(self.tail(self.body(self.body(x.mean((2, 3))))))
+
+    network = Twice()
+    model = TappedModel(network, describe_torch(network, "twice", 4, Preprocessing()), ["module:body"])
+    x = images(8)
+    expected = model(x).taps["module:body"]
+    called = calls_of(network)
+    assert same(model(x, whole=False).taps["module:body"], expected)
+    assert called == ["", "body", "body"]
+
+
+@torch.no_grad()
+def test_the_first_pass_is_whole_because_nobody_knows_yet_where_to_stop():
+    handle, size = tiny_timm("resnet18")
+    model, called = tapped(handle, ["stage:1"]).eval(), calls_of(handle.network)
+    first = model(images(size), whole=False)
+    assert called.pop() == "fc" and first.logits.shape == (2, 0)
+    called.clear()
+    assert same(model(images(size), whole=False).taps["stage:1"], first.taps["stage:1"])
+    assert called[-1].startswith("layer1")
+
+
+def test_an_error_of_the_network_is_no_early_end():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x):
+            raise ZeroDivisionError
+
+    network = Broken()
+    model = TappedModel(network, describe_torch(network, "broken", 4, Preprocessing()), ["module:fc"])
+    with pytest.raises(ZeroDivisionError):
+        model(images(8), whole=False)
+
+
 def test_dist_head_needs_one():
     handle, _ = tiny_timm("test_vit")
     with pytest.raises(UserError, match="test_vit has no distillation head"):
