@@ -132,7 +132,9 @@ def load_network(
         raise UserError(f"the teacher of {getattr(cfg, 'recipe', None)} has not been trained yet")
     if cfg.model.startswith(GIVEN_NETWORK):
         raise UserError(f"'{cfg.model}': this network was handed over in Python and cannot be built from the recipe")
-    pretrained = cfg.pretrained and str(device) != "meta"
+    # the whole network's weights come first; without any, only a name is needed on the meta device
+    body = getattr(cfg, "body", None) if cfg.pretrained and not cfg.weights else None
+    pretrained = cfg.pretrained and (body is not None or str(device) != "meta")
     elsewhere = cfg.weights if pretrained else None  # its files say what the network is made of
     return task_of(recipe).load(
         elsewhere or cfg.model,
@@ -146,6 +148,7 @@ def load_network(
         trust_remote_code=cfg.trust_remote_code,
         allow_pickle=cfg.allow_pickle,
         device=device,
+        **({"body": body} if body else {}),
     )
 
 

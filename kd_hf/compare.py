@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from kd_hf.errors import UserError, nearest, run_command
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from kd_hf.record import RunRecord
 
 _LOWER_IS_BETTER = ("loss", "nll", "ece", "brier", "kl")  # loss parts, `<block>/<part>`, too
@@ -124,6 +126,7 @@ class Compared:
             "gain": self.gain,
             "agreement": self.record.last("eval_agreement"),
             "parameters": note.parameters if note else None,
+            "macs": self.record.macs("student"),
             "train_seconds": self.record.last("train_seconds"),
             "step": self.step,
             "total_steps": self.total_steps,
@@ -193,13 +196,26 @@ def read_runs(folders: Sequence[str | Path], metric: str | None = None) -> list[
     places = Counter(record.path.resolve() for record in records)
     if twice := [record for record in records if places[record.path.resolve()] > 1]:
         raise UserError(f"'{twice[0].path}' is given twice")
-    metric = metric or _common_score(records)
-    logged = {key for record in records for line in record.log for key, value in line.items() if _is_number(value)}
+    names = Counter(record.name for record in records)
+    called = [record.name if names[record.name] == 1 else str(record.path) for record in records]
+    found = _logged_key(records, metric) if metric else _common_score(records)
+    return [Compared(record, name, found) for record, name in zip(records, called, strict=True)]
+
+
+def _logged_key(records: Sequence[RunRecord], metric: str) -> str:
+    """The key of the logs that a person means."""
+    logged = _logged(records)
     found = next((key for key in (metric, f"eval_{metric}") if key in logged), None)
     if found is None:
-        raise UserError(f"--metric: no run has logged '{metric}'.{nearest(metric, logged)}")
-    names = Counter(record.name for record in records)
-    return [Compared(record, record.name if names[record.name] == 1 else str(record.path), found) for record in records]
+        who = f"'{records[0].path}' has not" if len(records) == 1 else "none of these runs has"
+        raise UserError(f"--metric: {who} logged '{metric}'.{nearest(metric, logged)}")
+    return found
+
+
+def _logged(records: Sequence[RunRecord]) -> set[str]:
+    """Names of the numbers in the logs that change over a run."""
+    lines = (line for record in records for line in record.log if "models" not in line)
+    return {key for line in lines for key, value in line.items() if _is_number(value)} - {"step", "epoch"}
 
 
 def _common_score(records: Sequence[RunRecord]) -> str:
@@ -207,6 +223,11 @@ def _common_score(records: Sequence[RunRecord]) -> str:
     scores = sorted({record.score.logged for record in records})
     if len(scores) > 1:
         raise UserError(f"--metric: the runs are of different tasks, measured by {' and '.join(scores)}; name a number")
+    if scores[0] not in (logged := _logged(records)):
+        places = [f"'{record.path}' (step {_progress(Compared(record, record.name, scores[0]))})" for record in records]
+        who = f"{places[0]} has no" if len(places) == 1 else f"none of {', '.join(places)} has an"
+        others = f"--metric can name what is there: {', '.join(sorted(logged))}" if logged else "there is no number yet"
+        raise UserError(f"{who} {scores[0]} in its log, which comes with evaluations; {others}")
     return scores[0]
 
 
@@ -274,6 +295,8 @@ def seed_groups(runs: Iterable[Compared]) -> list[SeedGroup]:
 
 def runs_table(runs: Sequence[Compared]) -> list[list[str]]:
     """The table of the runs as text, head first; columns in which nothing is known are left out."""
+    from kd_hf.card.metadata import in_billions
+
     metric = runs[0].metric
     head = {
         "run": "run",
@@ -286,6 +309,7 @@ def runs_table(runs: Sequence[Compared]) -> list[list[str]]:
         "gain": "gain",
         "agreement": "agreement %",
         "parameters": "parameters",
+        "macs": "GMACs",
         "train_seconds": "train s",
         "step": "steps",
     }
@@ -295,6 +319,7 @@ def runs_table(runs: Sequence[Compared]) -> list[list[str]]:
         shown = {key: facts[key] or "" for key in ("run", "student", "teacher", "methods")}
         shown |= {key: _number(facts[key], metric) for key in ("best", "last", "plain")}
         shown |= {"gain": _number(facts["gain"], metric, "+"), "agreement": _number(facts["agreement"], "top1")}
+        shown["macs"] = in_billions(facts["macs"])
         shown |= {key: "" if facts[key] is None else f"{facts[key]:,.0f}" for key in ("parameters", "train_seconds")}
         rows.append({**shown, "step": _progress(run)})
     kept = [key for key in head if any(row[key] for row in rows)]
@@ -366,11 +391,24 @@ def draw(runs: Sequence[Compared], path: Path) -> None:
     from matplotlib.figure import Figure
 
     from kd_hf.files import writing
+    from kd_hf.report.figures import any_letters
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     ending, kinds = path.suffix.lstrip(".").lower(), figure.canvas.get_supported_filetypes()
     if ending not in kinds:
         raise UserError(f"--plot: '{path}' does not end as a picture does.{nearest(ending, kinds)}")
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with any_letters(), writing(path):
+            _plot(runs, figure)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(temporary, dpi=150)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plot(runs: Sequence[Compared], figure: Figure) -> None:
     axis = figure.subplots()
     colours = {recipe: f"C{index % 10}" for index, recipe in enumerate(dict.fromkeys(r.same_recipe for r in runs))}
     marks = Counter[str]()
@@ -378,19 +416,12 @@ def draw(runs: Sequence[Compared], path: Path) -> None:
         if run.series:
             mark = "os^Dvx"[marks[colours[run.same_recipe]] % 6]
             marks[colours[run.same_recipe]] += 1
-            axis.plot(*zip(*run.series, strict=True), f"{mark}-", color=colours[run.same_recipe], label=run.name, ms=4)
+            label = f" {run.name}"  # a legend leaves out what begins with an underscore
+            axis.plot(*zip(*run.series, strict=True), f"{mark}-", color=colours[run.same_recipe], label=label, ms=4)
     axis.set(xlabel="step", ylabel=_label(runs[0].metric))
     axis.legend(frameon=False)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(temporary, dpi=150)
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def compare(runs: Sequence[Compared], markdown: bool = False) -> str:

@@ -55,8 +55,19 @@ class StudentConfig(ModelConfig):
 
     model: str
     pretrained: bool = False
+    """Begin with trained weights, of the whole network or of a detector's `body`; true where `body` is given."""
+    body: str | None = None
+    """The classifier whose weights the body of a detector begins with, where it has none of its own: a Hub id, also of
+    timm, or a folder, e.g. `timm/swin_tiny_patch4_window7_224.ms_in1k`. `revision` is then of this repository;
+    `pretrained: false` leaves them out."""
     drop_path: float | None = Field(None, ge=0, lt=1)
     """Stochastic depth rate of the student."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_body_has_trained_weights(cls, values: Any) -> Any:
+        given = isinstance(values, dict) and values.get("body") is not None
+        return {"pretrained": True, **values} if given else values
 
 
 class GateConfig(Block):
@@ -404,6 +415,12 @@ class Recipe(Block):
     def _one_kind_of_teacher(self) -> Recipe:
         if self.teacher is not None and self.teachers:
             raise ValueError("give either `teacher` or `teachers`")
+        return self
+
+    @model_validator(mode="after")
+    def _body_of_a_detector(self) -> Recipe:
+        if self.student.body is not None and self.data.boxes is None:
+            raise ValueError("`student.body` is for detectors (`data.boxes`); a classifier takes `student.weights`")
         return self
 
     @model_validator(mode="before")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_hf.assemble import Assembly
 from kd_hf.config import TrainConfig
+from kd_hf.models.taps import Tapped
 from kd_hf.task import task_of
 
 GIB = 2**30
@@ -39,15 +41,48 @@ class StepCost:
 
 def step_cost(parts: Assembly) -> StepCost:
     """Count a step of one image; `parts` must be on the meta device."""
-    views, task = parts.views(), task_of(parts.recipe)
-    flops = {}
-    for name, model in (("student", parts.module.student), *parts.tapped_teachers.items()):
-        flops[name] = _forward_flops(model, partial(task.pretend, model, parts.recipe, views[name].image_size, 1))
+    flops = {name: _network_flops(parts, name, model) for name, model in _networks(parts).items()}
     methods = {name: 2 * method.cost().macs for name, method in parts.module.named_methods()}
-    student, size = parts.module.student, views["student"].image_size
+    student, size, task = parts.module.student, parts.views()["student"].image_size, task_of(parts.recipe)
     # at batch 2 for BatchNorm's sake
     saved = _saved_bytes(student, partial(task.pretend, student, parts.recipe, size, 2)) // 2
     return StepCost(flops, methods, saved)
+
+
+def network_macs(parts: Assembly) -> dict[str, int]:
+    """Multiply–accumulates of each network's forward pass for one image of the size that training shows it, by name.
+
+    They are counted on copies without weights, so `parts` may be on any device. A network of which no such copy can
+    be made or run, because it looks at values, is left out.
+    """
+    found = {}
+    for name, model in _networks(parts).items():
+        with suppress(Exception):  # whatever code a network brings
+            found[name] = _network_flops(parts, name, _without_weights(model)) // 2
+    return found
+
+
+def _networks(parts: Assembly) -> dict[str, Tapped]:
+    return {"student": parts.module.student, **parts.tapped_teachers}
+
+
+def _network_flops(parts: Assembly, name: str, model: Tapped) -> int:
+    """Of one image; the `model` is that network of the parts, or a copy of it, on the meta device."""
+    size = parts.views()[name].image_size
+    return _forward_flops(model, partial(task_of(parts.recipe).pretend, model, parts.recipe, size, 1))
+
+
+def _without_weights(model: Tapped) -> Tapped:
+    """A copy on the meta device, which takes no memory."""
+    held = (tensor for module in model.modules() for tensor in (*module.parameters(False), *module.buffers(False)))
+    loose = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    # deepcopy takes what its memo holds for what is copied already
+    return copy.deepcopy(model, {id(tensor): _emptied(tensor) for tensor in (*held, *loose)})
+
+
+def _emptied(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 @contextmanager

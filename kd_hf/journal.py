@@ -9,9 +9,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from kd_hf.assemble import Assembly
 from kd_hf.callbacks import JsonLines, Progress, read_log
 from kd_hf.config import TrainConfig
-from kd_hf.models.handle import ModelHandle
+from kd_hf.cost import network_macs
 from kd_hf.recipe import flat
 from kd_hf.run import RunLength
 from kd_hf.runtime import device_name, versions
@@ -76,12 +77,23 @@ class Journal:
 
 
 def run_facts(
-    networks: Mapping[str, ModelHandle], data: Mapping[str, str], accelerator: Accelerator, length: RunLength
+    parts: Assembly, sources: Mapping[str, Any], accelerator: Accelerator, length: RunLength
 ) -> dict[str, Any]:
-    """What a reader of the log should know about a run before its numbers."""
+    """What a reader of the log should know about a run before its numbers.
+
+    Args:
+        parts: as they were built: neither sharded nor compiled yet.
+        sources: the images of each split, `train` and `eval`.
+        accelerator: gives the processes; what takes time is found out on the main one only.
+        length: of the run.
+    """
+    stored = {name: teacher.handle for name, teacher in parts.stored.items()}
+    networks = {"student": parts.student, **parts.teachers, **stored}
     return {
         "models": {name: handle.note() for name, handle in networks.items()},
-        "data": dict(data),
+        "macs": network_macs(parts) if accelerator.is_main_process else {},
+        "data": {split: source.describe() for split, source in sources.items()},
+        "data_revision": {split: getattr(source, "revision", None) for split, source in sources.items()},
         "processes": accelerator.num_processes,
         "device": device_name(accelerator.device),
         **asdict(length),

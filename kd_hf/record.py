@@ -146,6 +146,16 @@ class RunRecord:
             if isinstance(facts, Mapping)
         }
 
+    def macs(self, network: str) -> int | None:
+        """Multiply–accumulates of a network's forward pass for one image as training shows it, where they are known."""
+        found: int | None = self.start.get("macs", {}).get(network)
+        return found
+
+    def data_commit(self, split: str) -> str | None:
+        """The commit of the Hub repository that the images of a split, `train` or `eval`, were read from."""
+        found: str | None = self.start.get("data_revision", {}).get(split)
+        return found
+
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of a logged number, where it was finite."""
         return [(line["step"], line[key]) for line in self.log if isinstance(line.get(key), (int, float))]

@@ -109,6 +109,8 @@ class DistillTrainer:
         args, accelerator = self.args, self.accelerator
         check_sharding(self.recipe, self.parts.choices, accelerator)
         self.threads = set_cpu_threads(args.cpu_threads, accelerator.num_processes)
+        sources = {"train": self.train_source, "eval": self.eval_source}
+        self.facts = run_facts(self.parts, sources, accelerator, self.length)
         self.teachers = {
             name: Teacher(name, cfg, self.parts.teachers[name], self.parts.tapped_teachers[name], self.device, args)
             for name, cfg in self.recipe.all_teachers().items()
@@ -437,11 +439,8 @@ class DistillTrainer:
             self.run.write_recipe()
         self.state.log_history = self.journal.open(self.run.path, start, self.recipe.model_dump(mode="json"))
         where = f"{self.accelerator.num_processes} process(es) on {self.device}"
-        stored = {name: teacher.handle for name, teacher in self.parts.stored.items()}
-        models = {"student": self.parts.student, **self.parts.teachers, **stored}
-        data = {"train": self.train_source.describe(), "eval": self.eval_source.describe()}
-        self.journal.say(*announce(self.parts, data, f"{self.length}; {where}"))
-        self.journal.write({"step": start, **run_facts(models, data, self.accelerator, self.length)})
+        self.journal.say(*announce(self.parts, self.facts["data"], f"{self.length}; {where}"))
+        self.journal.write({"step": start, **self.facts})
         self._clock = time.perf_counter()
         self.journal.show_progress(self.length.total_steps, start, self.length.global_batch)
 

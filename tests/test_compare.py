@@ -193,6 +193,29 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
     assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
 
 
+def test_a_run_may_have_any_name(tmp_path):
+    folders = [written(tmp_path / name, [(4, 1.0)]) for name in ("犬", "$a_{b$", "_c")]
+    draw(read_runs(folders), tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert all(f"<!--  {name} -->" in drawn for name in ("犬", "$a_{b$", "_c"))
+
+
+def test_a_run_without_the_number_is_named_with_what_it_has(tmp_path):
+    early = written(tmp_path / "early", [], finished=False)
+    begun = written(tmp_path / "begun", [], finished=False)
+    with (begun / LOG).open("a") as log:
+        log.write(json.dumps({"step": 2, "epoch": 0.1, "loss": 5.0, "weight/kd": 1.0, "images_per_second": 9.0}) + "\n")
+    with pytest.raises(UserError, match=r"^'\S*/early' \(step 0 of 4\) has no eval_top1 .*; there is no number yet$"):
+        read_runs([early])
+    known = "--metric can name what is there: images_per_second, loss, weight/kd$"
+    with pytest.raises(UserError, match=rf"^'\S*/begun' \(step 2 of 4\) has no eval_top1 in its log, .*; {known}"):
+        read_runs([begun])
+    with pytest.raises(UserError, match=rf"^none of '\S*/early' .*, '\S*/begun' .* has an eval_top1 .*; {known}"):
+        read_runs([early, begun])
+    with pytest.raises(UserError, match=r"^--metric: '.*/begun' has not logged 'los'\. Did you mean 'loss'\?$"):
+        read_runs([begun], "los")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -202,7 +225,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
         (["{0}/plain", "{0}/../{1}/plain"], "is given twice"),
         (
             ["{0}/plain", "--metric", "eval_top2"],
-            r"--metric: no run has logged 'eval_top2'\. Did you mean 'eval_top1'\?",
+            r"--metric: '.*/plain' has not logged 'eval_top2'\. Did you mean 'eval_top1'\?",
         ),
         (["{0}/plain", "--plot", "{0}/x.pgn"], r"--plot: '.*x.pgn' does not end as a picture does\."),
         (["{0}/plain", "--plot", "{0}/x"], r"--plot: '.*x' does not end as a picture does\. Known: .*png"),

@@ -6,8 +6,23 @@ import pytest
 import torch
 
 from kd_hf.assemble import assemble
-from kd_hf.cost import memory_bytes, step_cost
+from kd_hf.cost import memory_bytes, network_macs, step_cost
+from kd_hf.models.handle import ModelHandle, Origin, describe_torch
+from kd_hf.models.info import Preprocessing
 from tests.runs import recipe
+
+
+class Looking(torch.nn.Module):
+    """A classifier whose path depends on what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3, 10)
+
+    def forward(self, pixels):
+        """Logits ``[B, 10]``."""
+        means = pixels.mean((2, 3))
+        return self.head(means if means.sum() > 0 else -means)
 
 
 def planned(tmp_path, *blocks):
@@ -77,3 +92,30 @@ def test_training_mode_is_as_it_was(tmp_path):
     modes = [module.training for module in parts.module.modules()]
     step_cost(parts)
     assert [module.training for module in parts.module.modules()] == modes
+
+
+def test_networks_with_weights_are_counted_like_those_without(tmp_path):
+    swin = {"model": "swin_tiny_patch4_window7_224", "kwargs": {"window_size": 4, "depths": [1, 1, 1, 1]}}
+    blocks = {
+        "student": {"model": "test_efficientnet"},
+        "teacher": {**swin, "pretrained": False, "num_classes": 10},
+        "methods": {"mgd": {}},  # reads taps of both
+    }
+    run, parts = planned(tmp_path, blocks)
+    real = assemble(run, num_classes=10)
+    before = {key: value.clone() for key, value in real.module.state_dict().items()}
+    state = torch.get_rng_state()
+    found = network_macs(real)
+    assert found == {name: flops // 2 for name, flops in step_cost(parts).flops.items()}
+    assert found["student"] > 0 and found["teacher"] > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(value.equal(before[key]) for key, value in real.module.state_dict().items())
+    assert real.module.student(torch.zeros(1, 3, 32, 32)).logits.device.type == "cpu"
+
+
+def test_a_network_that_looks_at_values_is_left_out(tmp_path):
+    run = recipe(tmp_path, {"teacher": {"model": "test_resnet", "pretrained": False}})
+    network = Looking()
+    info = describe_torch(network, "looking", 10, Preprocessing(32))
+    parts = assemble(run, num_classes=10, given={"student": ModelHandle(network, info, Origin("torch", "looking"))})
+    assert network_macs(parts).keys() == {"teacher"}

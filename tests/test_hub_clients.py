@@ -271,7 +271,10 @@ def test_a_run_with_private_teacher_and_data_outlives_passing_faults(hub, tmp_pa
     output = python(hub.environment(tmp_path / "home", TOKEN), "-m", "kd_hf.train", str(file))
     assert not [fault for fault in hub.faults if fault.times]
     assert "org/private, split train, streamed" in output
-    assert sum("kd/soft" in line for line in read_log(run)) == runs.RECIPE["train"]["max_steps"]
+    log = read_log(run)
+    assert sum("kd/soft" in line for line in log) == runs.RECIPE["train"]["max_steps"]
+    commit = hub.store.resolve("datasets", "org/private", "main")
+    assert log[0]["data_revision"] == {"train": commit, "eval": commit}
     assert (run / "student" / "model.safetensors").is_file()
     assert TOKEN not in output
     holding = [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]

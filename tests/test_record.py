@@ -23,7 +23,7 @@ def make_run(folder, *lines, **blocks):
 def test_a_run_is_read_with_its_numbers(tmp_path):
     run = make_run(
         tmp_path / "run",
-        {"step": 0, "models": {"student": STUDENT}},
+        {"step": 0, "models": {"student": STUDENT}, "macs": {"student": 7}, "data_revision": {"train": "c0"}},
         {"step": 1, "loss": 3.0, "task/ce": 2.0, "kd/soft": None, "weight/kd": 0.5},
         {"step": 2, "loss": None, "task/ce": 1.0, "weight/kd": 0.25},
         {"step": 2, "eval_top1": 40.0, "eval_teacher_top1": 90.0},
@@ -35,6 +35,8 @@ def test_a_run_is_read_with_its_numbers(tmp_path):
     record = RunRecord.read(run)
     assert record.name == "run"
     assert record.networks == {"student": NetworkNote(**STUDENT)}
+    assert (record.macs("student"), record.macs("teacher")) == (7, None)
+    assert (record.data_commit("train"), record.data_commit("eval")) == ("c0", None)
     assert record.series("task/ce") == [(1, 2.0), (2, 1.0)]
     assert record.series("loss") == [(1, 3.0)]
     assert record.last("loss") == 3.0

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from kd_hf.callbacks import read_log
+from kd_hf.errors import UserError
+from kd_hf.methods import get_method, method_names
 from tests.runs import ROOT, TEACHER, environment, recipe_file, run
 
 PROJECT = """\
@@ -107,3 +109,37 @@ def test_mistakes_end_in_one_line(installed, tmp_path, methods, message):
     assert line.startswith("kd_hf: error: ")
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def register(site: Path, package: str, *lines: str) -> None:
+    """What pip leaves of a package with these entry points, without its modules."""
+    info = site / f"{package}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join(("[kd_hf.methods]", *lines)) + "\n")
+
+
+@pytest.fixture
+def others(tmp_path, monkeypatch):
+    """Two packages: one takes names of kd_hf, and both have the same one."""
+    register(tmp_path, "greedy", "kd = greedy:KD", "detr_kd = greedy:Boxes", "twice = greedy:Once")
+    register(tmp_path, "other", "twice = other:Again")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method_names.cache_clear()
+    yield
+    method_names.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("kd", r"the method 'kd' is kd_hf's own, but the package 'greedy' registers another one \(greedy:KD\)"),
+        ("detr_kd", r"'detr_kd' is kd_hf's own, but the package 'greedy' registers another one \(greedy:Boxes\)"),
+        ("twice", r"two packages register a method 'twice': 'greedy' \(greedy:Once\) and 'other' \(other:Again\)"),
+    ],
+)
+def test_a_name_that_is_taken_is_refused_with_its_package(others, name, message):
+    with pytest.raises(UserError, match=rf"{message}.*; rename \\w+( there)?, or uninstall") as caught:
+        get_method(name)
+    assert "\n" not in str(caught.value)
+    assert get_method("mgd").__module__ == "kd_hf.methods.mgd"  # names that nobody else takes are as they were

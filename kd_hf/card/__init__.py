@@ -12,6 +12,7 @@ from typing import Any
 from kd_hf.card import markdown as md
 from kd_hf.card.lineage import (
     commit_of,
+    dataset_id,
     distilling,
     exported_metrics,
     exported_step,
@@ -27,6 +28,7 @@ from kd_hf.card.metadata import (
     BESIDE,
     RECALLS,
     card_data,
+    in_billions,
     in_percent,
     label_of,
     read_config,
@@ -230,8 +232,7 @@ def _value(key: str, value: float | None) -> str:
 def _size(record: RunRecord, network: str) -> tuple[str, str]:
     """Parameters, and billions of multiply–accumulates per image."""
     facts = record.start.get("models", {}).get(network, {})
-    macs = record.start.get("macs", {}).get(network)
-    return f"{facts['parameters']:,}" if "parameters" in facts else "", f"{macs / 1e9:.2f}" if macs else ""
+    return f"{facts['parameters']:,}" if "parameters" in facts else "", in_billions(record.macs(network))
 
 
 def _without_empty_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -280,11 +281,20 @@ def _training(record: RunRecord) -> list[str]:
     """Data, procedure and cost, as a table of two columns."""
     rows = {
         "data": _described(record, "train"),
-        "data revision": md.code(record.recipe.data.revision or ""),
+        "data revision": _data_revision(record),
         "preprocessing": md.plain(_preprocessing(record.student)),
         **{key: md.plain(value) for key, value in (_procedure(record) | _cost(record)).items()},
     }
     return md.table([["", ""], *([key, value] for key, value in rows.items() if value)], left=2)
+
+
+def _data_revision(record: RunRecord) -> str:
+    """The commit of the training data, with a link, and what the recipe calls it where that is another name."""
+    commit, asked, hub = record.data_commit("train"), record.recipe.data.revision, dataset_id(record)
+    if commit is None or hub is None:
+        return md.code(asked or "")
+    link = md.link(commit, f"https://huggingface.co/datasets/{hub}/tree/{commit}")
+    return link if asked in (None, commit) else f"{link}, as {md.code(asked)}"
 
 
 def _described(record: RunRecord, split: str) -> str:

@@ -71,7 +71,7 @@ def card_data(record: RunRecord, repo_id: str | None = None) -> ModelCardData:
 
 
 def _distillation(record: RunRecord) -> dict[str, Any]:
-    """The front matter's own block: which teachers at which commits, by which methods, by which recipe."""
+    """The front matter's own block: which teachers and data at which commits, by which methods and recipe."""
     teachers = []
     for name in record.recipe.all_teachers():
         trained = record.trained_teacher(name)
@@ -83,9 +83,11 @@ def _distillation(record: RunRecord) -> dict[str, Any]:
         }
         teachers.append({key: value for key, value in facts.items() if value})
     weights = {name: weight for name, (_, weight) in losses_of(record.recipe).items()}
+    commit = record.data_commit("train")
     return {
         "teachers": teachers,
         "methods": {name: value if isinstance(value, float) else weight_text(value) for name, value in weights.items()},
+        **({"data_revision": commit} if commit else {}),
         "recipe": recipe_hash(record.recipe),
         "versions": dict(record.start.get("versions", {})),
     }
@@ -106,7 +108,7 @@ def _eval_results(record: RunRecord) -> list[EvalResult]:
                 dataset_name=shown_path(data.path),
                 dataset_config=data.name if hub else None,
                 dataset_split=data.eval_split,
-                dataset_revision=data.revision if hub else None,
+                dataset_revision=(record.data_commit("eval") or data.revision) if hub else None,
                 metric_type=_HUB_METRICS.get(key, key),
                 metric_name=_ACCURACIES.get(key) or label_of(key),
                 metric_value=round(value / 100 if accuracy else value, 6),
@@ -128,7 +130,7 @@ def result_entries(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
         dataset_id=dataset,
         task_id=data.name or "default",
         value=round(metrics[key], 4),
-        dataset_revision=data.revision,
+        dataset_revision=record.data_commit("eval") or data.revision,
         notes=f"{name} in percent, split {data.eval_split}, {metrics.get('samples', 0):.0f} images",
     )
     return {f"{dataset.rpartition('/')[2]}.yaml": eval_result_entries_to_yaml([entry])}
@@ -159,3 +161,10 @@ def label_of(key: str) -> str:
 def in_percent(key: str) -> bool:
     """Whether a metric goes from 0 to 100, also where its name does not say so."""
     return label_of(key).endswith("%") or key in PRECISIONS or key in RECALLS
+
+
+def in_billions(macs: int | None) -> str:
+    """Multiply–accumulates for people, in billions; empty where they are not known."""
+    if not macs:
+        return ""
+    return f"{macs / 1e9:,.0f}" if macs >= 1e11 else f"{macs / 1e9:.3g}"

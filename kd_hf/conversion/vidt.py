@@ -45,6 +45,8 @@ _RENAMED = (
     (r"fusion\.multi_scaler\.refinenet_(\d)\.smoothing\.", r"fusion.merge.\1.smoothing."),
     (r"vector_embed\.\d+\.", "vector_embed."),  # one head under a name for each prediction
 )
+_ADDED = re.compile(r"backbone\.(det_|layers\.\d+\.blocks\.\d+\.det_)")  # what Swin lacks, beside the last merging
+_STAGE = r"backbone\.layers\.(\d+)\."
 _IN_PROJ = re.compile(r"transformer\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(weight|bias)$")
 _SHARED = re.compile(r"(class_embed|bbox_embed|iou_embed)\.(\d+)\.")
 
@@ -72,7 +74,7 @@ def config_of(tensors: Mapping[str, Tensor]) -> ViDTConfig:
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    stages = _count(tensors, r"backbone\.layers\.(\d+)\.")
+    stages = _count(tensors, _STAGE)
     blocks = [f"backbone.layers.{stage}.blocks." for stage in range(stages)]
     tables = [tensors[f"{block}0.attn.relative_position_bias_table"] for block in blocks]
     width, inputs = tensors["tgt_proj.0.weight"].shape[:2]
@@ -241,3 +243,37 @@ def body_from_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif re.match(r"patch_embed\.|layers\.\d+\.blocks\.", name) and not name.endswith(("_index", "attn_mask")):
             found[f"backbone.{name}"] = tensor
     return found
+
+
+def fit_body(tensors: Mapping[str, Tensor], network: Mapping[str, Tensor], swin: str) -> dict[str, Tensor]:
+    """All weights of a ViDT's body that an ImageNet classifier has to give.
+
+    Args:
+        tensors: the classifier's, as :func:`body_from_swin` takes them.
+        network: the ViDT's own, by name.
+        swin: the classifier's name, for messages.
+
+    Raises:
+        UserError: it is no Swin, or one of other sizes; the message has the first names and shapes of each kind.
+    """
+    found = body_from_swin(tensors)
+    if not any(name.startswith("backbone.layers.") for name in found):
+        raise UserError(
+            f"'{swin}' is no Swin of timm, and ViDT's body is one; give e.g. timm/swin_tiny_patch4_window7_224.ms_in1k"
+        )
+    last = f"backbone.layers.{_count(network, _STAGE) - 1}.downsample."
+    body = [name for name in network if name.startswith("backbone.") and not _ADDED.match(name)]
+    other = [name for name in body if name in found and found[name].shape != network[name].shape]
+    complaints = {
+        "of another shape": [f"{name} {_by(found[name])} instead of {_by(network[name])}" for name in other],
+        "not known to the body": [name for name in found if name not in network],
+        "missing": [name for name in body if name not in found and not name.startswith(last)],
+    }
+    said = [f"{len(names)} {what}: {enumerate_names(names)}" for what, names in complaints.items() if names]
+    if said:
+        raise UserError(f"'{swin}' does not fit this ViDT's body: {'; '.join(said)}")
+    return found
+
+
+def _by(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape))

@@ -26,6 +26,8 @@ class Source(ABC):
     class_names: tuple[str, ...]
     group_sizes: tuple[int, ...]
     """Rows that are cheap to read together, in order; a set with random access is one group."""
+    revision: str | None = None
+    """The commit of the Hub repository that the rows are of; None for what does not come from there."""
 
     def __len__(self) -> int:
         return sum(self.group_sizes)
@@ -76,7 +78,9 @@ def with_labels(source: Source, cfg: DataConfig, split: Split, seed: int = 0) ->
         return source
     from kd_hf.data.labels import LabelSubset
 
-    return LabelSubset(source, cfg.num_labels, cfg.unlabelled, seed)
+    subset = LabelSubset(source, cfg.num_labels, cfg.unlabelled, seed)
+    subset.revision = source.revision
+    return subset
 
 
 def _open(cfg: DataConfig, split: Split) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 ROW_GROUPS = "kd_hf_row_groups.json"  # beside a prepared table, whose files may be out of reach next time
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Listing:
     builder: Any
     files: Mapping[str, Sequence[str]]
     """Files by split; empty when there is only a copy prepared earlier."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the Hub repository that this is, also of a copy prepared earlier; None for a folder."""
+        return self.builder.hash if _COMMIT.fullmatch(self.builder.hash or "") else None
 
     def all_are(self, suffix: str, split: str) -> bool:
         """Whether a split is stored in files of one kind."""
@@ -67,6 +74,7 @@ def open_files(cfg: DataConfig, split: Split) -> Source:
     source = _open_split(listing, name, train)
     if train is not None:
         _adopt_classes(source, train)
+    source.revision = listing.commit
     return source
 
 

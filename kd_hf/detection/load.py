@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_hf.config import PreprocessingConfig
+from kd_hf.conversion.vidt import fit_body
 from kd_hf.detection import register_auto_classes
 from kd_hf.detection.families import FAMILIES, family_of
 from kd_hf.detection.info import DetectorInfo
@@ -24,6 +25,7 @@ from kd_hf.models.load import (
     Source,
     building,
     configuration,
+    load_model,
     locate,
     origin_of,
     overridden,
@@ -37,6 +39,10 @@ from kd_hf.models.students import LIBRARY
 # name behind kd_hf/ → body of ViDT
 VIDT = {f"vidt_{size}": f"swin_{size}" for size in ("nano", "tiny", "small", "base")}
 _MODEL_TYPE = "kd_hf_vidt"
+# model type → what makes weights of the body out of a classifier's, given the detector's own and the classifier's name
+BODY_WEIGHTS: Mapping[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor], str], dict[str, Tensor]]] = {
+    _MODEL_TYPE: fit_body
+}
 
 
 def load_detector(
@@ -46,6 +52,7 @@ def load_detector(
     num_classes: int | None = None,
     revision: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    body: str | None = None,
     drop_path: float | None = None,
     preprocessing: PreprocessingConfig | None = None,
     trust_remote_code: bool = False,
@@ -61,8 +68,10 @@ def load_detector(
         pretrained: read the weights; else they are random, also those of the backbone.
         num_classes: K, without "no object"; where it differs from the weights', the class heads are new and the rest
             is kept.
-        revision: branch, tag or commit of the Hub repository.
+        revision: branch, tag or commit of the Hub repository that the weights are read from.
         kwargs: configuration values.
+        body: the classifier whose weights the body begins with (``student.body`` of a recipe), where no weights of the
+            whole detector are read: a name, folder or Hub id that :func:`kd_hf.models.load.load_model` knows.
         drop_path: stochastic depth rate.
         preprocessing: overrides of the model's own mean and std.
         trust_remote_code: allow code of the repository to run; ViDT needs no such leave.
@@ -87,17 +96,30 @@ def load_detector(
         allow_pickle=allow_pickle,
         device=None if device is None else torch.device(device),
     )
-    source = locate(request, {LIBRARY: _from_name, "": _no_detector, "timm": _no_detector})
+    request, source = _locate(request, body)
     if source.library != "transformers":
         raise UserError(f"model '{model}' is a classifier of {source.library}, not a detector")
     family_of(source.architecture, model)
     with tempfile.TemporaryDirectory() as scratch, building(request):
         source = with_weights_at_hand(request, source, Path(scratch))
         handle = _load(request, source)
+    if body is not None and not request.pretrained:
+        handle = _begin_with_body(request, handle, body)
     handle.network.eval()
     if request.device is not None and not request.on_meta:
         handle.network.to(request.device)
     return handle
+
+
+def _locate(request: Request, body: str | None) -> tuple[Request, Source]:
+    """What the name means. A mere name has no weights, which is no mistake where its body is given some."""
+    named = {LIBRARY: _from_name, "": _no_detector, "timm": _no_detector}
+    if body is not None:
+        untrained = replace(request, pretrained=False)
+        source = locate(untrained, named)
+        if source.folder is None:
+            return untrained, source
+    return request, locate(request, named)
 
 
 def _from_name(request: Request, name: str) -> Source:
@@ -118,7 +140,7 @@ def _no_detector(request: Request, name: str) -> Source:
 def _load(request: Request, source: Source) -> ModelHandle:
     from transformers import AutoModelForObjectDetection
 
-    request = _with_body(request, source)
+    request = _with_sizes(request, source)
     values, config = configuration(request, source)
     if request.weights and source.folder is not None:
         network = _with_weights(request, source.folder, config)
@@ -134,7 +156,32 @@ def _load(request: Request, source: Source) -> ModelHandle:
     )
 
 
-def _with_body(request: Request, source: Source) -> Request:
+def _begin_with_body(request: Request, handle: ModelHandle, body: str) -> ModelHandle:
+    """Lay a classifier's weights into a random detector, in which all else stays; on ``meta`` they are only named."""
+    kind = str(handle.origin.architecture)
+    if kind not in BODY_WEIGHTS:
+        known = ", ".join(f"{LIBRARY}/{name}" for name in VIDT)
+        raise UserError(f"student.body: '{request.model}' takes no weights for its body alone; {known} do")
+    info = replace(handle.info, name=f"{request.model} with the body of {body}")
+    if request.on_meta:
+        return replace(handle, info=info)
+    try:
+        classifier = load_model(
+            body,
+            pretrained=True,
+            revision=request.revision,
+            trust_remote_code=request.trust_remote_code,
+            allow_pickle=request.allow_pickle,
+        )
+        weights = BODY_WEIGHTS[kind](classifier.network.state_dict(), handle.network.state_dict(), body)
+    except UserError as error:
+        raise UserError(f"student.body: {error}") from error
+    handle.network.load_state_dict(weights, strict=False)
+    origin = replace(handle.origin, source=body, revision=classifier.origin.revision, pretrained=True)
+    return replace(handle, info=info, origin=origin)
+
+
+def _with_sizes(request: Request, source: Source) -> Request:
     """The sizes of a named ViDT as configuration values, which the request's own go before."""
     from kd_hf.detection.vidt_config import body_sizes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from kd_hf.errors import UserError, nearest
@@ -32,29 +32,66 @@ def method_names(boxes: bool = False) -> tuple[str, ...]:
     Args:
         boxes: for detectors.
     """
-    own = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_METHODS]
     others = (entry.name for entry in entry_points(group=ENTRY_POINTS))
-    return tuple(sorted({*(FOR_BOXES if boxes else own), *others}))
+    return tuple(sorted({*(FOR_BOXES if boxes else _for_classes()), *others}))
+
+
+def _for_classes() -> list[str]:
+    """Names of our own methods for classifiers."""
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_METHODS]
 
 
 def get_method(name: str) -> type[Method]:
-    """Return the method class called `name`. Raises :class:`UserError` with the nearest name."""
+    """Return the method class called `name`.
+
+    Raises:
+        UserError: there is none, with the nearest name; another package's does not load or is no method; or another
+            package takes the name of a method that is there without it.
+    """
     from kd_hf.methods.base import Method
 
     known = {*method_names(), *method_names(boxes=True)}
     if name not in known:
         raise UserError(f"unknown method '{name}'.{nearest(name, known)}")
-    for entry in entry_points(group=ENTRY_POINTS, name=name):
-        try:
-            found = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"the entry point '{name}' of group {ENTRY_POINTS} ({entry.value}) does not load: {error}"
-            ) from error
-        if isinstance(found, type) and issubclass(found, Method):
-            return found
-        raise UserError(f"the entry point '{name}' of group {ENTRY_POINTS} is not a Method class: {found!r}")
+    registered = _registered(name)
+    if registered is not None:
+        return _load(registered)
     place = f"kd_hf.detection.{FOR_BOXES[name]}" if name in FOR_BOXES else f"{__name__}.{name}"
     module = importlib.import_module(place)
     classes = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method))
     return next(value for value in classes if getattr(value, "name", None) == name)
+
+
+def _registered(name: str) -> EntryPoint | None:
+    """Another package's method of that name; raises :class:`UserError` where the name is not its own."""
+    found = sorted(entry_points(group=ENTRY_POINTS, name=name), key=_package)
+    if found and name in {*FOR_BOXES, *_for_classes()}:
+        raise UserError(
+            f"the method '{name}' is kd_hf's own, but the package {_package(found[0])} registers another one "
+            f"({found[0].value}) in the entry points {ENTRY_POINTS}; rename it there, or uninstall the package"
+        )
+    if len(found) > 1:
+        places = " and ".join(f"{_package(entry)} ({entry.value})" for entry in found[:2])
+        raise UserError(
+            f"two packages register a method '{name}': {places}, in the entry points {ENTRY_POINTS}; rename one, or "
+            "uninstall its package"
+        )
+    return found[0] if found else None
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"'{entry.dist.name if entry.dist else entry.module}'"
+
+
+def _load(entry: EntryPoint) -> type[Method]:
+    from kd_hf.methods.base import Method
+
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"the entry point '{entry.name}' of group {ENTRY_POINTS} ({entry.value}) does not load: {error}"
+        ) from error
+    if isinstance(found, type) and issubclass(found, Method):
+        return found
+    raise UserError(f"the entry point '{entry.name}' of group {ENTRY_POINTS} is not a Method class: {found!r}")

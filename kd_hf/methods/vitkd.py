@@ -99,7 +99,7 @@ class ViTKD(Method):
         order = draws["noise"].argsort(dim=1, stable=True)
         kept, masked = order.split((self.kept, self.tokens - self.kept), dim=1)
         generated = self._generate(self.align_high(student.taps[HIGH]), kept, masked)
-        wanted = teacher.taps[HIGH].take_along_dim(masked[:, :, None], dim=1)
+        wanted = _pick(teacher.taps[HIGH], masked)
         return {
             "mimic": self.cfg.alpha * torch.stack(mimic).sum(),
             "generation": self.cfg.beta / self.cfg.mask_ratio * squared_distance(generated, wanted),
@@ -123,27 +123,27 @@ class ViTKD(Method):
         of their neighbours, and tokens x_j at kept j alone are one product whose nine parts are added to y_{j-o}.
         """
         first, first_bias, second, second_bias = self.generation.parameters()
-        hidden = self._spread(tokens, kept, first) + self._fill(kept, first, first_bias)  # [B, √M, √M, D_t]
+        kernels = first.permute(2, 3, 0, 1).flatten(0, 2)  # [9 D_t, D_t]: the W_o, one below the other
+        hidden = self._spread(tokens, kept, kernels) + self._fill(kept, kernels, first_bias)  # [B, √M, √M, D_t]
         bordered = F.pad(F.relu(hidden, inplace=True), (0, 0, 1, 1, 1, 1)).flatten(0, 2)  # [B (√M + 2)², D_t]
         # an embedding has a fast gradient, unlike indexing
         near = F.embedding(self._neighbours(masked), bordered)  # [B, n, 9, D_t]
         return F.linear(near.flatten(2), second.permute(0, 2, 3, 1).flatten(1), second_bias)
 
-    def _spread(self, tokens: Tensor, kept: Tensor, kernel: Tensor) -> Tensor:
+    def _spread(self, tokens: Tensor, kept: Tensor, kernels: Tensor) -> Tensor:
         """The convolution ``[B, √M, √M, D_t]``, without bias, of the kept tokens and zeros."""
         batch, side = len(tokens), self.side + 2
-        seen = tokens.take_along_dim(kept[:, :, None], dim=1)
-        # the neighbour at offset o is given W_{-o} x_j
-        parts = F.linear(seen, kernel.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)).view(-1, tokens.shape[2])
-        cells = parts.new_zeros(batch * side**2, parts.shape[1]).index_add(0, self._neighbours(kept).flatten(), parts)
+        parts = F.linear(_pick(tokens, kept), kernels).view(-1, tokens.shape[2])
+        receivers = self._neighbours(kept).flip(2).flatten()  # the neighbour at offset -o is given W_o x_j
+        cells = parts.new_zeros(batch * side**2, parts.shape[1]).index_add(0, receivers, parts)
         return cells.view(batch, side, side, -1)[:, 1:-1, 1:-1]
 
-    def _fill(self, kept: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    def _fill(self, kept: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
         """The convolution ``[B, √M, √M, D_t]`` of mask tokens m and zeros: Σ_o W_o m over a map of one channel."""
         shape = len(kept), 1, self.side, self.side
-        masked = kernel.new_ones(len(kept), self.tokens).scatter(1, kept, 0.0).view(shape)
-        of_token = (kernel * self.mask_token.view(1, -1, 1, 1)).sum(1, keepdim=True)  # [D_t, 1, 3, 3]
-        return F.conv2d(masked, of_token, bias, padding=1).permute(0, 2, 3, 1)
+        masked = kernels.new_ones(len(kept), self.tokens).scatter(1, kept, 0.0).view(shape)
+        of_token = F.linear(self.mask_token[0], kernels).view(3, 3, -1).permute(2, 0, 1)  # [D_t, 3, 3]
+        return F.conv2d(masked, of_token[:, None], bias, padding=1).permute(0, 2, 3, 1)
 
     def _neighbours(self, positions: Tensor) -> Tensor:
         """Rows ``[B, n, 9]`` of the 3×3 neighbours of positions ``[B, n]`` among all cells of bordered grids."""
@@ -151,3 +151,8 @@ class ViTKD(Method):
         image = side**2 * torch.arange(len(positions), device=positions.device)
         corner = image[:, None] + positions + 2 * (positions // self.side)
         return corner[:, :, None] + (side * three[:, None] + three).flatten()
+
+
+def _pick(tokens: Tensor, positions: Tensor) -> Tensor:
+    """The tokens ``[B, n, D]`` at positions ``[B, n]`` of ``[B, M, D]``."""
+    return tokens.gather(1, positions[:, :, None].expand(-1, -1, tokens.shape[2]))

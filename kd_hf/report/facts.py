@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import yaml
 
-from kd_hf.card.metadata import PRECISIONS, RECALLS
+from kd_hf.card.metadata import PRECISIONS, RECALLS, in_billions
 from kd_hf.record import RunRecord
 from kd_hf.report import Row, about_labels, rows, student_name
 
@@ -129,6 +129,8 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     data = start.get("data", {})
     found = [("losses", methods_line(record))]
     found += [(f"{split} images", str(data[split])) for split in ("train", "eval") if split in data]
+    if commit := record.data_commit("train"):
+        found.append(("data revision", commit))
     if recipe.data.num_labels:
         found.append(("labels", about_labels(record)))
     steps = max((line.get("step", 0) for line in record.log), default=0)
@@ -141,7 +143,8 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         found.append(("speed", f"{statistics.median(rates):,.0f} images a second (median)"))
     for name, note in record.networks.items():
         revision = f", revision {note.revision}" if note.revision else ""
-        found.append((name, f"{note.name} ({note.library} {note.architecture}{revision})"))
+        macs = f", {in_billions(count)} billion MACs an image" if (count := record.macs(name)) else ""
+        found.append((name, f"{note.name} ({note.library} {note.architecture}{revision}){macs}"))
     versions = start.get("versions", {})
     if versions:
         found.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))

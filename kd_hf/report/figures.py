@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
+import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -26,15 +31,18 @@ if TYPE_CHECKING:
 DPI = 150
 WIDTH = 9.0  # inches
 LONGEST_NAME = 26
-# after matplotlib's own font, which has no Chinese, Japanese or Korean letters
+# matplotlib's own font has no Chinese, Japanese or Korean letters: after it comes the first of each that is installed
 FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-)
+    ("Noto Sans CJK SC", "Noto Sans CJK TC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans TC", "Source Han Sans SC",
+     "Source Han Sans CN", "Source Han Sans", "PingFang SC", "Hiragino Sans GB", "Heiti SC", "Heiti TC", "STHeiti",
+     "Microsoft YaHei", "Microsoft JhengHei", "SimHei", "SimSun", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+     "Droid Sans Fallback", "AR PL UMing CN", "Arial Unicode MS"),
+    ("Noto Sans CJK JP", "Noto Sans JP", "Source Han Sans JP", "Source Han Sans", "Hiragino Sans",
+     "Hiragino Kaku Gothic ProN", "Yu Gothic", "Meiryo", "MS Gothic", "IPAexGothic", "IPAGothic", "TakaoGothic",
+     "VL Gothic"),
+    ("Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans KR", "Source Han Sans KR", "Source Han Sans K",
+     "Apple SD Gothic Neo", "AppleGothic", "Malgun Gothic", "NanumGothic", "UnDotum", "Baekmuk Dotum"),
+)  # fmt: skip
 MARKED = 40  # a line of at most so many points shows each of them
 SHOWN_CLASSES = 15  # at either end, where not all fit
 ALL_CLASSES = 40
@@ -78,9 +86,6 @@ class Theme:
         settings |= {"xtick.labelcolor": self.ink, "ytick.labelcolor": self.ink, "grid.color": self.grid}
         settings |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
         settings |= {"font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.fontsize": 9}
-        installed = font_manager.get_font_names()
-        settings["font.family"] = ["DejaVu Sans", *(name for name in FONTS if name in installed)]
-        settings["text.parse_math"] = False  # a class may be called $ or _
         return settings
 
 
@@ -112,15 +117,34 @@ def picture(name: str, title: str, caption: str, draw: Callable[[Theme], Figure]
 
 def _png(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context(theme.settings()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # letters of class names that the font does not have
+    with matplotlib.rc_context(theme.settings()), any_letters():
         draw(theme).savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 
+@contextmanager
+def any_letters() -> Iterator[None]:
+    """Draw the names that users give as they are written; silent about letters that no installed font has."""
+    installed = set(font_manager.get_font_names())
+    found = (next((name for name in names if name in installed), None) for names in FONTS)
+    # a class may be called $ or _, which formulas are made of
+    settings: dict[Any, Any] = {"font.family": ["DejaVu Sans", *dict.fromkeys(filter(None, found))],
+                                "text.parse_math": False}  # fmt: skip
+    log = logging.getLogger(font_manager.__name__)  # many of these fonts have no bold letters
+    quiet = logging.Filter("no logger's name")  # so that nothing passes
+    log.addFilter(quiet)
+    try:
+        with matplotlib.rc_context(settings), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        log.removeFilter(quiet)
+
+
 def short(name: str, limit: int = LONGEST_NAME) -> str:
-    """A name that fits into a picture."""
-    return name if len(name) <= limit else name[: limit - 1].rstrip() + "…"
+    """A name that fits into a picture, whose width is counted in Latin letters; a Chinese one has that of two."""
+    ends = list(accumulate(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in name))
+    return name if not ends or ends[-1] <= limit else name[: bisect_right(ends, limit - 1)].rstrip() + "…"
 
 
 def _label(name: str) -> str:

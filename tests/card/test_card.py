@@ -161,7 +161,7 @@ def test_a_published_card_loads_the_published_student(trained, tmp_path):
 
 def test_results_are_those_of_the_log(trained):
     rows = {row[0]: row for row in cells(sections(model_card(trained))["Results"])}
-    head = dict(zip(rows[""], range(9), strict=False))
+    head = dict(zip(rows[""], range(20), strict=False))
     metrics, plain = trained.metrics(), trained.plain.metrics()
     assert rows["this model"][head["top-1 %"]] == f"{metrics['top1']:.2f}"
     assert rows["this model"][head["agreement %"]] == f"{metrics['agreement']:.2f}"
@@ -169,6 +169,8 @@ def test_results_are_those_of_the_log(trained):
     assert rows["teacher"][head["top-1 %"]] == f"{metrics['teacher_top1']:.2f}"
     assert rows["teacher"][head["parameters"]] == f"{trained.networks['teacher'].parameters:,}"
     assert rows["teacher"][head["network"]] == "test_resnet"
+    for name, network in (("this model", "student"), ("teacher", "teacher")):
+        assert rows[name][head["GMACs"]] == f"{trained.macs(network) / 1e9:.3g}"
     assert f"{metrics['top1'] - plain['top1']:+.2f} points" in sections(model_card(trained))["Results"]
     assert "64 images" in sections(model_card(trained))["Results"]
 
@@ -221,6 +223,7 @@ def test_what_came_from_the_hub_is_named_with_its_commit(tmp_path):
     start = start_line(
         data={"train": f"{where}, split train (9 images, 3 classes)", "eval": f"{where}, split validation"}
     )
+    start["data_revision"] = {"train": COMMIT, "eval": COMMIT[::-1]}
     for facts in start["models"].values():
         facts["revision"] = COMMIT
     blocks = {
@@ -238,13 +241,17 @@ def test_what_came_from_the_hub_is_named_with_its_commit(tmp_path):
     assert data.datasets == [where]
     assert data.tags[-3:] == ["kd_hf", "kd", "vision"]
     assert [teacher["revision"] for teacher in data.distillation["teachers"]] == [COMMIT] * 2
-    assert data.eval_results[0].dataset_type == where
+    assert (data.eval_results[0].dataset_type, data.eval_results[0].dataset_revision) == (where, COMMIT[::-1])
+    assert data.distillation["data_revision"] == COMMIT
+    rows = dict(row for row in cells(sections(model_card(record))["Training"]) if len(row) == 2)
+    address = f"https://huggingface.co/datasets/{where}/tree/{COMMIT}"
+    assert rows["data revision"] == f"[{COMMIT}]({address}), as `refs/convert/parquet"
     assert f"https://huggingface.co/google/vit-base/tree/{COMMIT}" in sections(model_card(record))["Lineage"]
     (entry,) = parse_eval_result_entries(
         yaml.safe_load((tmp_path / "student" / ".eval_results" / "imagenet-1k.yaml").read_text())
     )
     assert (entry.dataset_id, entry.task_id, entry.value) == (where, "default", 80.0)
-    assert entry.dataset_revision == "refs/convert/parquet" and "50000 images" in entry.notes
+    assert entry.dataset_revision == COMMIT[::-1] and "50000 images" in entry.notes
     written(tmp_path, blocks, {"eval": {"max_samples": 64}}, lines=[start, {"eval_top1": 80.0}])
     write_card(RunRecord.read(tmp_path))
     assert not (tmp_path / "student" / ".eval_results").exists()  # a part of the split is no result of the benchmark

@@ -21,7 +21,7 @@ for block, split in json.load(sys.stdin):
     try:
         source = open_source(DataConfig(**block), split)
         rows = [[data.hex(), label] for data, label in map(source.read, range(len(source)))]
-        print(json.dumps([source.class_names, source.group_sizes, rows]), flush=True)
+        print(json.dumps([source.class_names, source.group_sizes, rows, source.revision]), flush=True)
     except UserError as error:
         print(json.dumps(str(error)), flush=True)
 """
@@ -39,6 +39,7 @@ def hub(tmp_path_factory):
         server.store.write("datasets", "org/tars", {path.name: path.read_bytes() for path in root.glob("*.tar")})
         write_parquet(root / "train.parquet", 8)
         server.store.write("datasets", "org/table", {"train.parquet": (root / "train.parquet").read_bytes()})
+        server.store.write("datasets", "org/table", {"LICENSE": b"mine"})
         yield server
 
 
@@ -63,11 +64,12 @@ def test_tar_files_are_downloaded_and_read_like_local_ones(hub, tmp_path):
     found = opened(
         hub, tmp_path, [block, "eval"], [block, "train"], [block, "eval"], [block | {"streaming": True}, "eval"]
     )
+    commit = hub.store.resolve("datasets", "org/tars", "main")
     pictures = [[encode(make_image(i)).hex(), i % 3] for i in range(5)]
     # an evaluation by itself does not download the training split to learn its classes
-    assert found[0] == [["bee", "cat"], [2], [[pictures[1][0], 0], [pictures[2][0], 1]]]
-    assert found[1] == [["ant", "bee", "cat"], [3, 2], pictures]
-    assert found[2] == [["ant", "bee", "cat"], [2], pictures[1:3]]
+    assert found[0] == [["bee", "cat"], [2], [[pictures[1][0], 0], [pictures[2][0], 1]], commit]
+    assert found[1] == [["ant", "bee", "cat"], [3, 2], pictures, commit]
+    assert found[2] == [["ant", "bee", "cat"], [2], pictures[1:3], commit]
     assert found[3].startswith("data.streaming: the tar files of 'org/tars' are downloaded before they are read; set")
     assert len(hub.requests(r"^GET .*train-0\.tar")) <= 2  # the redirection and the file, once
 
@@ -94,3 +96,15 @@ def test_a_prepared_table_is_in_the_same_order_without_the_hub(hub, tmp_path):
     finally:
         hub.faults.clear()
     assert offline == online and online[1] == [4, 4]
+    assert online[3] == hub.store.resolve("datasets", "org/table", "main")
+
+
+def test_the_commit_that_was_resolved_is_known(hub, tmp_path):
+    hub.faults.clear()
+    newest = hub.store.resolve("datasets", "org/table", "main")
+    older = hub.store.read("datasets", "org/table", newest)["parent"]
+    block = {"path": "org/table", "streaming": True}
+    few, pinned = opened(
+        hub, tmp_path, [block | {"num_labels": 6}, "train"], [block | {"revision": older[:8]}, "train"]
+    )
+    assert (few[3], pinned[3]) == (newest, older)

@@ -1,4 +1,4 @@
-"""Command line of the check: ``python -m tests.goldens [DIR]``."""
+"""Command line of the check: ``python -m tests.goldens [DIR] [--option NAME]``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.goldens.check import LIMIT, Row, check_file, failed, passed
+from tests.goldens.options import OPTIONS, PLAIN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,15 +16,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed or is not understood, 2 when there is none."""
     parser = argparse.ArgumentParser(prog="python -m tests.goldens", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent, metavar="DIR")
-    folder = parser.parse_args(argv).folder
-    files = sorted(folder.glob("*/*.safetensors"))
+    parser.add_argument("--option", choices=OPTIONS, help="run the methods in this way; the bounds stay")
+    args = parser.parse_args(argv)
+    option = OPTIONS[args.option] if args.option else PLAIN
+    files = sorted(args.folder.glob("*/*.safetensors"))
     if not files:
-        print(f"tests.goldens: no <method>/<case>.safetensors in '{folder}'", file=sys.stderr)
+        print(f"tests.goldens: no <method>/<case>.safetensors in '{args.folder}'", file=sys.stderr)
         return 2
     widths = [max(map(len, names)) for names in ([f.parent.name for f in files], [f.stem for f in files])]
     rows = []
     for file in files:
-        row = check_file(file)
+        row = check_file(file, option)
         rows.append(row)
         error = "-" if row.error is None else f"{row.error:.1e}"
         print(f"{row.method:{widths[0]}}  {row.case:{widths[1]}}  {error:>8}  {row.status}", flush=True)

@@ -142,8 +142,9 @@ class NetworkCase(DetectionCase):
             self.values[f"check/{name}"] = official[name].flatten()[: len(recorded)]
         self._watch_body(network)
         targets = targets_of(inputs)
+        self.golden.option.trained(network)
         with torch.no_grad():
-            out = network(inputs["images"], ~self.golden.tensors["out/mask"], targets)
+            out = network(self.golden.option.tensor(inputs["images"]), ~self.golden.tensors["out/mask"], targets)
         self._collect(out, targets, config)
         self._post_process(out, inputs["orig_sizes"])
         return self._total(out.loss)
@@ -186,9 +187,10 @@ class TokensCase(DetectionCase):
         """With projectors or without."""
         hparams, inputs = self.golden.hparams, self._inputs()
         self._check_names({"projector", "orthogonal_map", "distil_loss_coef", "num_classes"})
-        outputs = [_outputs(side, inputs) for side in ("student", "teacher")]
+        outputs = [self.golden.option.outputs(_outputs(side, inputs)) for side in ("student", "teacher")]
         shapes = [Shapes(1, {role: tuple(tap.shape[1:]) for role, tap in out.taps.items()}) for out in outputs]
         method = self._method(hparams, shapes)
+        self.golden.option.trained(method)
         losses = method(*outputs, Target(torch.zeros(1)), {})
         loss = torch.stack(list(losses.values())).sum()
         self.values["loss_distil"] = loss.detach()
@@ -263,6 +265,7 @@ class AttentionCase(DetectionCase):
         load(attention, self.golden.group("param/"))
         self.leaves |= {f"param/{name}": value for name, value in attention.named_parameters()}
         attention.attn.register_forward_hook(self._watch)
+        self.golden.option.trained(attention)
         shapes = inputs["spatial_shapes"]
         output, _ = attention(
             inputs["query"],

@@ -112,6 +112,7 @@ class ScaleKDCase:
         found = {f"in/{name}": value for name, value in self.inputs.items() if f"grad/in/{name}" in self.golden.tensors}
         for leaf in found.values():
             leaf.requires_grad_()
+        self.inputs = {name: self.golden.option.tensor(value) for name, value in self.inputs.items()}
         return found
 
     def _target(self) -> Tensor:
@@ -155,6 +156,7 @@ class CapCase(ScaleKDCase):
         ).double()
         leaves |= load_known(projector, self.golden.group("param/"))
         projector.train(hparams["bn_training"])
+        self.golden.option.trained(projector)
         tokens = projector(feature, self.inputs.get("query"))
         wanted = nn.functional.normalize(_tokens(self._target()), dim=-1)
         loss = hparams["alpha"] * batch_mean(mimicking(tokens, wanted))
@@ -209,6 +211,7 @@ class MethodCase(ScaleKDCase):
 
 
 def _run(method: Method, outputs: tuple[Outputs, Outputs], golden: Golden) -> dict[str, Tensor]:
+    golden.option.trained(method)
     return method.train()(*outputs, golden.target(), {})
 
 
@@ -267,6 +270,7 @@ def _teacher_end(golden: Golden) -> nn.Module:
     if unknown := state.keys() - own.keys():
         raise Mismatch(f"the teacher has no {', '.join(sorted(unknown))}")
     load(network, {**own, **state})
+    golden.option.frozen(network)
     info = describe_timm(network, "teacher", Preprocessing())
     return live_part(ModelHandle(network, info, Origin("timm", "teacher")), f"after:{last_stage_entry(info)}")
 

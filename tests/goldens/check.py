@@ -18,6 +18,7 @@ from kd_hf.methods import get_method, method_names
 from kd_hf.methods.base import Method, MethodConfig, Outputs, Target
 from kd_hf.models.info import Shapes
 from tests.goldens.layouts import IGNORED, LAYOUTS, Layout, Output, layout_of
+from tests.goldens.options import PLAIN, Option
 
 LIMIT = 1e-9
 # kinds of files that are no method of the classification trainer
@@ -60,15 +61,16 @@ def failed(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Golden:
-    """A recorded file; the tensors named in `single` were stored with the precision of float32."""
+    """A recorded file and how it is run; the tensors named in `single` were stored with the precision of float32."""
 
     method: str
     hparams: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     single: frozenset[str] = frozenset()
+    option: Option = PLAIN
 
     @classmethod
-    def read(cls, file: Path) -> Golden:
+    def read(cls, file: Path, option: Option = PLAIN) -> Golden:
         """Read a file; floating-point tensors become float64."""
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
@@ -76,7 +78,7 @@ class Golden:
         method = metadata.get("method", file.parent.name)
         wide = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
         single = frozenset(key for key, value in tensors.items() if value.dtype == torch.float32)
-        return cls(method, json.loads(metadata.get("hparams", "{}")), wide, single)
+        return cls(method, json.loads(metadata.get("hparams", "{}")), wide, single, option)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """Tensors below a prefix such as ``in/``, by the rest of their names."""
@@ -185,7 +187,8 @@ class TensorCase:
         for name, slot in self.layout.inputs.items():
             if name in inputs and slot.startswith("student."):
                 leaves[f"in/{name}"] = inputs[name].requires_grad_()
-        student, teacher = (self._outputs(side, inputs) for side in ("student", "teacher"))
+        option = self.golden.option
+        student, teacher = (option.outputs(self._outputs(side, inputs)) for side in ("student", "teacher"))
         draws = {ours: self.golden.tensors[f"draw/{name}"] for name, ours in self._draws().items()}
         losses = {}
         for term in self.terms:
@@ -195,6 +198,7 @@ class TensorCase:
                 ours = rename(name, self.layout.parameters)
                 if ours in parameters:
                     leaves[f"param/{name}"] = parameters[ours]
+            option.trained(built)
             parts = built(student, teacher, self.golden.target(), draws)
             losses.update({f"{term.name}/{part}": value for part, value in parts.items()})
         values = {"ori_scale": torch.tensor(self.layout.task_weight(self.golden.hparams), dtype=torch.float64)}
@@ -318,11 +322,11 @@ def open_case(golden: Golden) -> Case:
     return TensorCase(golden, layout_of(golden.method, golden.hparams))
 
 
-def check_file(file: Path) -> Row:
+def check_file(file: Path, option: Option = PLAIN) -> Row:
     """Check one file; never raises for what is wrong with the file."""
     method, case = file.parent.name, file.stem
     try:
-        golden = Golden.read(file)
+        golden = Golden.read(file, option)
         errors = compare(open_case(golden))
     except NotCovered as reason:
         return Row(method, case, None, str(reason))

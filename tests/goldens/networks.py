@@ -76,15 +76,17 @@ class NetworkCase:
         size = self._image_size()
         networks = {side: self._network(side) for side in ("student", "teacher") if side in self.golden.hparams}
         infos = {side: describe_timm(net, side, Preprocessing(size)) for side, net in networks.items()}
+        option = self.golden.option
         choices = [self._choice(term, infos) for term in self.terms]
         two_heads = any(choice.needs.dist_head for choice in choices)
         student = TappedModel(networks["student"], infos["student"], taps_of(choices), two_heads)
         shapes = {"student": Shapes(infos["student"].num_classes, tap_shapes(student, size))}
-        pixels = self.golden.tensors[f"in/{self.images}"]
+        pixels = option.tensor(self.golden.tensors[f"in/{self.images}"])
         teachers: dict[str, Outputs] = {}
         if "teacher" in networks:
             model = TappedModel(networks["teacher"], infos["teacher"], taps_of(choices, "teacher")).eval()
             shapes["teacher"] = Shapes(infos["teacher"].num_classes, tap_shapes(model, size))
+            option.frozen(model)
             with torch.no_grad():
                 teachers["teacher"] = model(pixels)
         taught = {name: shape for name, shape in shapes.items() if name == "teacher"}
@@ -93,6 +95,8 @@ class NetworkCase:
         weights = networks["student"].named_parameters()
         leaves: dict[str, Tensor] = {f"{self.networks}student/{name}": value for name, value in weights}
         leaves |= self._load_methods(module.methods)
+        option.student(networks["student"])
+        option.trained(module)
         losses = module(pixels, teachers, self.golden.target(), {term.name: self._draws(term) for term in self.terms})
         outputs = [student.eval()(pixels), *teachers.values()]
         values = {name: output.logits.detach() for name, output in zip(self.logits, outputs, strict=False)}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 from kd_hf.report import figures, galleries
@@ -109,3 +113,62 @@ def test_no_disagreement_no_picture():
     sample = disagreeing(0)
     assert galleries.disagreements(sample, confusions(sample)) is None
     assert len(galleries.pair_table(sample)) == 1
+
+
+def square_font(path, family, letters):
+    """A font in which each of some letters is a black square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    square, font = pen.glyph(), FontBuilder(1000, isTTF=True)
+    names = [".notdef", *(f"uni{ord(letter):04X}" for letter in letters)]
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap({ord(letter): f"uni{ord(letter):04X}" for letter in letters})
+    font.setupGlyf(dict.fromkeys(names, square))
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+@pytest.fixture
+def no_fonts(monkeypatch):
+    """matplotlib as on a machine with its own fonts only; what is added is forgotten."""
+    folder = matplotlib.get_data_path()
+    own = [entry for entry in font_manager.fontManager.ttflist if entry.fname.startswith(folder)]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+
+
+def squares(picture):
+    """How many places of its light half are 5 × 5 pixels of ink."""
+    dark = (opened(picture.light).max(2) < 90).astype(int)
+    windows = np.lib.stride_tricks.sliding_window_view(dark, (5, 5))
+    return int(windows.all((2, 3)).sum())
+
+
+@pytest.mark.parametrize(
+    ("family", "letter"),
+    [("WenQuanYi Zen Hei", "犬"), ("IPAGothic", "い"), ("Noto Sans CJK JP", "개")],
+)
+def test_letters_are_drawn_where_a_font_has_them(no_fonts, tmp_path, caplog, family, letter):
+    names = (letter * 3, "cat")
+    gains = Gains(names, np.full(2, 2), np.array([100.0, 0.0]), None, None)
+    maps = {letter * 3: Gaze("attention", torch.rand(1, 3, 3))}  # its name is bold
+    images = np.full((1, 3, 8, 8), 255, np.uint8)
+    without = [squares(figures.classes(gains)), squares(galleries.gazes(images, maps))]
+    square_font(tmp_path / "font.ttf", family, letter)
+    font_manager.fontManager.addfont(tmp_path / "font.ttf")
+    found = [squares(figures.classes(gains)), squares(galleries.gazes(images, maps))]
+    assert all(more > less for more, less in zip(found, without, strict=True)), (found, without)
+    assert not caplog.records
+
+
+def test_a_long_name_is_cut_by_its_width():
+    assert figures.short("a" * 26) == "a" * 26 and figures.short("犬" * 13) == "犬" * 13
+    assert figures.short("a" * 27) == "a" * 25 + "…"
+    assert figures.short("犬" * 14) == "犬" * 12 + "…"
+    assert figures.short("ab 犬犬", 4) == "ab…"
