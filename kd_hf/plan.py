@@ -169,7 +169,8 @@ def _size(recipe: Recipe, view: Preprocessing) -> dict[str, int]:
     return {"image_size": view.image_size} if boxes is None else {"shortest_side": boxes.augment.eval_size}
 
 
-def _pixels(facts: Mapping[str, Any]) -> str:
+def shown_size(facts: Mapping[str, Any]) -> str:
+    """A network's image size in words, from its entry in a plan's `networks`."""
     return f"{facts['image_size']} px" if "image_size" in facts else f"{facts['shortest_side']} px shortest side"
 
 
@@ -195,7 +196,7 @@ def describe(plan: dict[str, Any]) -> str:
     for name, net in plan["networks"].items():
         lines.append(
             f"{name:10} {net['model']} ({net['library']}), {net['parameters'] / 1e6:.2f} M parameters, "
-            f"{net['macs_per_image'] / 1e9:.2f} G MACs, {net['classes']} classes, {_pixels(net)}"
+            f"{net['macs_per_image'] / 1e9:.2f} G MACs, {net['classes']} classes, {shown_size(net)}"
         )
         lines += [f"{'':10}   tap {tap} {shape}" for tap, shape in net["taps"].items()]
     for name, method in plan["methods"].items():
@@ -256,7 +257,7 @@ def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
     lines = [
         *(
             f"{name:8} {info.name} ({info.parameters / 1e6:.2f} M parameters"
-            + (f", {_pixels(_size(recipe, views[name]))})" if name in views else ")")
+            + (f", {shown_size(_size(recipe, views[name]))})" if name in views else ")")
             for name, info in networks.items()
         ),
         *(f"{name:8} {teacher.describe()}" for name, teacher in parts.stored.items()),

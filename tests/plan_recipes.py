@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from kd_hf.plan import plan_recipe
+from kd_hf.plan import plan_recipe, shown_size
 from kd_hf.recipe import load_recipe
 from tests.recipe_index import FOLDER, processes
 
@@ -22,7 +22,7 @@ def plan_file(path: Path) -> dict:
 def describe(plan: dict) -> str:
     """Networks, trained parameters and global batch in one line."""
     networks = ", ".join(
-        f"{name} {net['parameters'] / 1e6:.2f} M at {net['image_size']} px" for name, net in plan["networks"].items()
+        f"{name} {net['parameters'] / 1e6:.2f} M at {shown_size(net)}" for name, net in plan["networks"].items()
     )
     return f"{networks}; trains {plan['trained_parameters'] / 1e6:.2f} M, {plan['global_batch']} images a step"
 

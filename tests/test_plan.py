@@ -8,6 +8,7 @@ from kd_hf.assemble import assemble
 from kd_hf.callbacks import JsonLines
 from kd_hf.plan import describe, plan_recipe
 from kd_hf.recipe import load_recipe, recipe_hash
+from tests import plan_recipes
 from tests.detection.runs import MODEL, SIZES, detection_recipe
 from tests.runs import ROOT, TEACHER, recipe, recipe_file
 
@@ -119,6 +120,7 @@ def test_a_detector_is_planned_by_its_shortest_side_and_precision(tmp_path):
     assert plan["networks"]["student"]["shortest_side"] == 64 and "image_size" not in plan["networks"]["student"]
     assert plan["augmentation"] == ["flip"]
     assert plan["warnings"] == ["no method reads the teacher"]
+    assert "at 64 px shortest side, teacher" in plan_recipes.describe(plan)
     assert "3 classes, 64 px shortest side" in describe(plan) and "random     flip\n" in describe(plan)
     assert "teacher must reach AP at least 20 on 256 held-out images" in describe(plan)
     JsonLines(tmp_path, 0).write({"step": 0, "gate": "teacher", "ap": 31.25, "ap_as_fed": 30.0})
