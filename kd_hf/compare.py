@@ -226,8 +226,8 @@ def _common_score(records: Sequence[RunRecord]) -> str:
     if scores[0] not in (logged := _logged(records)):
         places = [f"'{record.path}' (step {_progress(Compared(record, record.name, scores[0]))})" for record in records]
         who = f"{places[0]} has no" if len(places) == 1 else f"none of {', '.join(places)} has an"
-        others = f"--metric can name what is there: {', '.join(sorted(logged))}" if logged else "there is no number yet"
-        raise UserError(f"{who} {scores[0]} in its log, which comes with evaluations; {others}")
+        others = f"; --metric can name what is there: {', '.join(sorted(logged))}" if logged else ", nor other numbers"
+        raise UserError(f"{who} {scores[0]} in its log, which evaluations write there{others}")
     return scores[0]
 
 

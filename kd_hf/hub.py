@@ -22,6 +22,7 @@ from kd_hf.callbacks import LOG
 from kd_hf.config import HubConfig
 from kd_hf.errors import UserError
 from kd_hf.files import atomic_folder, writing
+from kd_hf.models.quiet import without_retries
 from kd_hf.recipe import RESOLVED, load_recipe
 from kd_hf.record import STUDENT, RunRecord
 
@@ -126,7 +127,7 @@ class Publisher:
         """Runs in the thread."""
         checkpoint = outgoing / LAST if (outgoing / LAST).is_dir() else None
         try:
-            with _quiet_client(), repository.telling("this push failed, the training goes on"):
+            with _no_bars(), repository.telling("this push failed, the training goes on"):
                 sources = _sources(outgoing / STUDENT, self.run_path / LOG, checkpoint)
                 keep_last = checkpoint is None
                 patiently(lambda: repository.commit(sources, message, keep_last), _WAITS[:2])  # the next save comes
@@ -389,16 +390,18 @@ def _telling_part(error: BaseException) -> BaseException:
 
 
 def patiently(call: Callable[[], T], waits: Sequence[float] = _WAITS) -> T:
-    """Call, and again after each of `waits` (in seconds) while the failure is one that may pass."""
+    """Call, and again after each of `waits` (in seconds) while the failure is one that may pass; without a word."""
     for least in waits:
         try:
-            return call()
+            with without_retries():
+                return call()
         except Exception as error:
             pause = _pause(_telling_part(error), least)
             if pause is None:
                 raise
         time.sleep(pause)
-    return call()
+    with without_retries():
+        return call()
 
 
 def _pause(error: BaseException, least: float) -> float | None:
@@ -420,19 +423,14 @@ def _pause(error: BaseException, least: float) -> float | None:
 
 
 @contextmanager
-def _quiet_client() -> Iterator[None]:
-    """Keep the client's progress bars and its notes on retries out of what the training shows."""
+def _no_bars() -> Iterator[None]:
+    """Keep the client's progress bars out of what the training shows."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils import disable_progress_bars
 
     wanted = constants.HF_HUB_DISABLE_PROGRESS_BARS is False  # somebody asked for them
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with nullcontext() if wanted else disable_progress_bars():
-            yield
-    finally:
-        logging.set_verbosity(level)
+    with nullcontext() if wanted else disable_progress_bars():
+        yield
 
 
 def _link(source: str, target: str) -> None:

@@ -205,7 +205,7 @@ def test_a_run_without_the_number_is_named_with_what_it_has(tmp_path):
     begun = written(tmp_path / "begun", [], finished=False)
     with (begun / LOG).open("a") as log:
         log.write(json.dumps({"step": 2, "epoch": 0.1, "loss": 5.0, "weight/kd": 1.0, "images_per_second": 9.0}) + "\n")
-    with pytest.raises(UserError, match=r"^'\S*/early' \(step 0 of 4\) has no eval_top1 .*; there is no number yet$"):
+    with pytest.raises(UserError, match=r"^'\S*/early' \(step 0 of 4\) has no eval_top1 .*, nor other numbers$"):
         read_runs([early])
     known = "--metric can name what is there: images_per_second, loss, weight/kd$"
     with pytest.raises(UserError, match=rf"^'\S*/begun' \(step 2 of 4\) has no eval_top1 in its log, .*; {known}"):

@@ -10,8 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kd_hf.methods import method_names
 from tests.goldens.__main__ import main
 from tests.goldens.check import check_file
+from tests.goldens.options import OPTIONS, Option
 
 FOLDER = Path(__file__).parent / "goldens"
 FILES = sorted(FOLDER.glob("*/*.safetensors"))
@@ -37,6 +39,93 @@ def test_equal_to_the_official_code(file):
     row = check_file(file)
     assert row.status == "ok", row
     assert row.error <= 1e-9
+
+
+# whole networks with their taps
+NETWORKS = sorted(FOLDER.glob("*/e2e_*.safetensors"))
+# what is quick to compile of every method that is trained under torch.compile
+COMPILED = (
+    "cls_kd/projector_no_manifold",
+    "deform_attn/ref4",
+    "deit_hard/token_alpha05",
+    "deit_soft/numel_token_tau1",
+    "dkd/imagenet_t1_a1_b05",
+    "kd/imagenet_t1_a05",
+    "manifold/merge",
+    "mgd/align_s12_t20",
+    "nkd/t3_g35_soft",
+    "scalekd/tpp_swin_t12",
+    "srrl/imagenet_s12_t20_a1_b1",
+    "uskd/soft_with_pure_row",
+    "vidt_kd/original_tokens",
+    "vitkd/e2e_deit3_to_deit_hard",
+    "vkd/wide_student",
+    "wsld/imagenet_t2_a25",
+)
+
+
+def assert_equal_with(option: Option, file: Path) -> None:
+    row = check_file(file, option)
+    assert row.status == "ok", row
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_equal_with_channels_last(file):
+    assert_equal_with(OPTIONS["channels_last"], file)
+
+
+@pytest.mark.parametrize("file", NETWORKS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_equal_when_activations_are_recomputed(file):
+    assert_equal_with(OPTIONS["checkpointing"], file)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_equal_when_compiled(name):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    assert_equal_with(Option(backend="aot_eager"), FOLDER / f"{name}.safetensors")
+    assert counters["stats"]["unique_graphs"] >= 1
+
+
+def test_every_method_is_compiled():
+    assert set(method_names()) - {"task"} <= {name.partition("/")[0] for name in COMPILED}
+
+
+class Spoilt(Option):
+    """Changes what it is to leave alone."""
+
+    def tensor(self, value):
+        # unevenly, because some losses normalise
+        return value * torch.linspace(1, 1 + 1e-5, value.shape[-1], dtype=value.dtype) if self.channels_last else value
+
+    def student(self, network):
+        self._spoil(network, self.checkpointing)
+
+    def trained(self, module):
+        self._spoil(module, self.backend)
+
+    @staticmethod
+    def _spoil(module, wanted):
+        with torch.no_grad():
+            for parameter in module.parameters() if wanted else ():
+                parameter *= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (Spoilt(channels_last=True), "mgd/align_s12_t20"),
+        (Spoilt(channels_last=True), "scalekd/full_swin_cnn_ls_kd"),
+        (Spoilt(channels_last=True), "scalekd/cap_extquery_v2"),
+        (Spoilt(channels_last=True), "vidt_kd/orthogonal_square"),
+        (Spoilt(channels_last=True), "vidt/swin_nano_forward"),
+        *((Spoilt(checkpointing=True), f"{file.parent.name}/{file.stem}") for file in NETWORKS),
+        *((Spoilt(backend="any"), name) for name in ("scalekd/tpp_swin_t12", "vkd/wide_student", "uskd/e2e_deit_hard")),
+    ],
+)
+def test_an_option_reaches_what_it_is_for(option, name):
+    assert check_file(FOLDER / f"{name}.safetensors", option).status.startswith("FAILED")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +216,7 @@ def test_exit_codes_and_table(tmp_path, capsys):
     assert f"1 not covered (of_next_year/{FILES[0].stem})" in out
 
     (tmp_path / "of_next_year" / FILES[0].name).unlink()
+    assert main([str(tmp_path), "--option", "channels_last"]) == 0
     assert main([str(tmp_path)]) == 0
     rewrite(FILES[0], tmp_path, {"out/loss": torch.neg})
     assert main([str(tmp_path)]) == 1

@@ -87,13 +87,16 @@ for name in sys.argv[1:]:
 """
 # the command line, several times in one process: importing torch and the libraries takes seconds
 COMMANDS = """
-import contextlib, io, json, os, sys, time, traceback
+import contextlib, io, json, logging, os, sys, time, traceback
+import huggingface_hub
 from kd_hf import errors, train
 time.sleep = lambda seconds: None  # the client's pauses before it tries again are not the subject
 for argv, token in json.load(sys.stdin):
     out, err, code = io.StringIO(), io.StringIO(), None
     sys.argv[1:] = argv
     os.environ["HF_TOKEN"] = token
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.setStream(err)  # it would keep to the stream of its beginning
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             errors.run_command(train.main)
@@ -331,6 +334,7 @@ def test_lasting_faults_end_in_one_line(hub, tmp_path):
     hub.fail("short", "^GET /cdn/.*org/short.*safetensors", times=99)
     hub.fail("corrupt", "^GET /cdn/.*org/corrupt.*safetensors", times=99)
     hub.fail("status", "^(GET|HEAD) .*org/down", status=500, times=99)
+    hub.fail("status", "^(GET|HEAD) /org/vit/resolve/", status=429, retry_after=1, times=99)
     hub.fail("status", "^GET /cdn/.*org/closed", status=403, times=99)
     hub.fail("short", "^GET /cdn/.*org/cut.*train-00001", times=99)
     in_front = r"bytes=([0-3]\d{5}|\d{1,5})-"  # not the footer, which is read before training
@@ -339,6 +343,7 @@ def test_lasting_faults_end_in_one_line(hub, tmp_path):
         Case("teacher", {"model": "org/short"}, "could not be downloaded: OSError: Consistency check failed"),
         Case("teacher", {"model": "org/corrupt"}, "model.safetensors arrives damaged from the Hub"),
         Case("teacher", {"model": "org/down"}, "could not be downloaded: HfHubHTTPError: Server error '500"),
+        Case("teacher", {"model": "org/vit"}, "the Hub asks for fewer requests; try again in some"),
         Case("data", {"path": "org/closed"}, "data.path: cannot read the Parquet file hf://datasets/org/closed@"),
         Case("data", {"path": "org/cut"}, "data.path: cannot read the Parquet file hf://datasets/org/cut@"),
         Case("data", {"path": "org/down"}, "Check the network (and HF_HUB_OFFLINE), or give a local folder"),

@@ -22,6 +22,7 @@ from kd_hf.data.rows import RowSource, undecoded
 from kd_hf.data.source import UNLABELLED, Source, Split, choose_split
 from kd_hf.data.tars import TarSource
 from kd_hf.errors import UserError
+from kd_hf.models.quiet import without_retries
 
 if TYPE_CHECKING:
     import pyarrow
@@ -65,13 +66,14 @@ def open_files(cfg: DataConfig, split: Split) -> Source:
     Raises:
         UserError: it cannot be found or read, or its classes are not those of the training split.
     """
-    listing = _list(cfg)
-    name = choose_split(cfg, split, list(listing.files or listing.builder.info.splits or {}))
-    train = None
-    if split == "eval" and cfg.train_split != name and not listing.declares_classes():
-        with suppress(UserError):  # the training split need not be in order until somebody opens it
-            train = _open_train(listing)
-    source = _open_split(listing, name, train)
+    with without_retries():
+        listing = _list(cfg)
+        name = choose_split(cfg, split, list(listing.files or listing.builder.info.splits or {}))
+        train = None
+        if split == "eval" and cfg.train_split != name and not listing.declares_classes():
+            with suppress(UserError):  # the training split need not be in order until somebody opens it
+                train = _open_train(listing)
+        source = _open_split(listing, name, train)
     if train is not None:
         _adopt_classes(source, train)
     source.revision = listing.commit

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kd_hf.errors import UserError
 from kd_hf.hub import patiently
 
 _SHA256 = 64  # hexadecimal digits
+_STATUS = {
+    401: "the Hub does not accept the token; renew HF_TOKEN, or `hf auth login`",
+    429: "the Hub asks for fewer requests; try again in some minutes",
+}
 _WAITS = (1.0, 5.0)  # seconds before another try
 
 
@@ -74,6 +79,6 @@ def damaged_weights(folder: Path) -> list[str]:
 
 def _explain_download(error: BaseException) -> str:
     """What went wrong, for the errors that have no explanation of their own."""
-    if getattr(getattr(error, "response", None), "status_code", None) == 401:
-        return "could not be downloaded: the Hub does not accept the token; renew HF_TOKEN, or `hf auth login`"
-    return f"could not be downloaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    status: Any = getattr(getattr(error, "response", None), "status_code", None)
+    reason = _STATUS.get(status) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"could not be downloaded: {reason}"

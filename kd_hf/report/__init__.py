@@ -89,10 +89,15 @@ def closing_text(record: RunRecord) -> str:
     lines = ["", *table(networks(record)), ""]
     if record.recipe.data.num_labels:
         lines += [about_labels(record), ""]
+    finished = (record.student / "config.json").is_file()
+    if not finished:
+        from kd_hf.report.facts import state
+
+        lines += [*state(record), ""]
     page = record.report / PAGE
     written = page if page.is_file() else f"python -m kd_hf.report {record.path}"
     lines.append(f"report    {written}")
-    if (record.student / "config.json").is_file():
+    if finished:
         lines += [f"student   {record.student}", "load it with"]
         lines += [f"  {line}" for line in load_lines(record.student)]
     return "\n".join(lines)

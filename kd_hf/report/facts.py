@@ -69,7 +69,8 @@ def state(record: RunRecord) -> list[str]:
     found = [f"The run stopped at step {line['step']}: {line['error']}." for line in errors[-1:]]
     if not is_finished(record):
         step = max((line.get("step", 0) for line in record.log), default=0)
-        found.append(f"The training has not ended (step {step}): the student is not there yet, nor are its pictures.")
+        place = f"step {step} of {record.start['total_steps']}" if "total_steps" in record.start else f"step {step}"
+        found.append(f"The training has not ended ({place}): the student is not there yet, nor are its pictures.")
     corrupt = record.last("corrupt_images")
     if corrupt:
         found.append(f"{corrupt} unreadable training images were replaced by their neighbours.")

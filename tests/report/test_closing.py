@@ -38,6 +38,7 @@ def test_distilled_student_beside_its_teacher(tmp_path):
     assert rows["distilled student"][2:] == ["test_vit", "71.23", "371,234", "12"]
     text = closing_text(record)
     assert "load it with" not in text  # there is no student yet
+    assert "The training has not ended (step 4): the student is not there yet" in text
     assert f"python -m kd_hf.report {tmp_path}" in text
     assert ("+4.63", "points over the plain student") in tiles(record)
 
@@ -111,7 +112,8 @@ def test_outcome_in_words(tmp_path, blocks, measured, expected):
 
 
 def test_a_run_that_went_wrong_says_so(tmp_path):
-    record = write_run(tmp_path, recipe(tmp_path), {"step": 7, "error": "kd/soft is not finite"})
+    start = {"step": 0, "models": {}, "total_steps": 9}
+    record = write_run(tmp_path, recipe(tmp_path), start, {"step": 7, "error": "kd/soft is not finite"})
     assert outcome(record) == "The student has not been evaluated yet."
     assert state(record)[0] == "The run stopped at step 7: kd/soft is not finite."
-    assert "has not ended (step 7)" in state(record)[1]
+    assert "has not ended (step 7 of 9)" in state(record)[1]
