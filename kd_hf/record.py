@@ -59,6 +59,7 @@ class NetworkNote:
     """What the log says about a network of a run."""
 
     name: str = "?"  # as the recipe calls it
+    source: str = ""  # what its weights were read from, by the name in the recipe
     parameters: int | None = None
     library: str = ""
     architecture: str = ""

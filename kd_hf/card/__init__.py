@@ -19,6 +19,7 @@ from kd_hf.card.lineage import (
     hub_id,
     losses_of,
     network_name,
+    only_body,
     origin,
     shown_path,
     span,
@@ -139,7 +140,8 @@ def _about(record: RunRecord) -> str:
     methods = [md.code(name) for name in distilling(recipe)]
     how = f"distilled from {_and(teachers)}" if teachers else "trained"
     by = f" with {_and(methods)}" if methods else ""
-    start = " It began with pretrained weights." if recipe.student.pretrained else ""
+    which = " in its body" if only_body(record, "student") else ""
+    start = f" It began with pretrained weights{which}." if recipe.student.pretrained else ""
     return (
         f"{_WORDS[record.task.pipeline_tag].kind}: {md.code(network_name(record, 'student'))}{size}, {how}{by} on "
         f"{md.code(shown_path(recipe.data.path))}.{start}"
@@ -255,7 +257,8 @@ def _lineage(record: RunRecord) -> list[str]:
     rows = [["", "network", "weights it began with", "commit"]]
     for name in ("student", *record.recipe.all_teachers()):
         commit = md.code(commit_of(record, name) or "")
-        rows.append([md.plain(name), md.code(network_name(record, name)), _origin(record, name), commit])
+        begun = _origin(record, name) + (", the body alone" if only_body(record, name) else "")
+        rows.append([md.plain(name), md.code(network_name(record, name)), begun, commit])
     losses = [["loss", "weight", "paper", "options other than the paper's"]]
     for name, (block, weight) in losses_of(record.recipe).items():
         method = get_method(record.recipe.method_of(name))

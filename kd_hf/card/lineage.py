@@ -41,7 +41,7 @@ def hub_id(record: RunRecord, network: str) -> str | None:
     block = network_block(record.recipe, network)
     if not getattr(block, "pretrained", False) or commit_of(record, network) is None:
         return None
-    name = (block.model or "").removeprefix("hf-hub:").partition("@")[0]
+    name = (record.networks[network].source or block.model or "").removeprefix("hf-hub:").partition("@")[0]
     owner, _, short = name.rpartition("/")
     return _timm_repository(short) if owner in ("", "timm") else _valid_id(name)
 
@@ -63,6 +63,12 @@ def _valid_id(name: str) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def only_body(record: RunRecord, network: str) -> bool:
+    """Whether a detector began with the weights of a classifier in its body, and random ones elsewhere."""
+    body, note = getattr(network_block(record.recipe, network), "body", None), record.networks.get(network)
+    return bool(body and note and note.source == body)
 
 
 def origin(record: RunRecord, network: str) -> str:

@@ -33,6 +33,8 @@ class BoxSource(ABC):
     """By number; :data:`kd_hf.detection.categories.UNUSED` for a number that is no class."""
     group_sizes: tuple[int, ...]
     """Rows that are cheap to read together, in order; a set with random access is one group."""
+    revision: str | None = None
+    """Commit of the Hub's repository that it was read from."""
 
     def __len__(self) -> int:
         return sum(self.group_sizes)
@@ -179,6 +181,7 @@ def checked(source: BoxSource, split: Split, boxes: BoxData, classes: Sequence[s
     if split == "eval" or boxes.empty == "keep":
         return source
     kept = WithoutEmpty(source)
+    kept.revision = source.revision
     if len(kept) == 0:
         raise UserError(f"data.boxes.empty: no image with an object in {source.describe()}")
     return kept

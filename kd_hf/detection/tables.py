@@ -20,6 +20,7 @@ from kd_hf.detection.categories import LARGEST
 from kd_hf.detection.objects import Objects, make_objects
 from kd_hf.detection.source import BoxSource
 from kd_hf.errors import UserError, nearest
+from kd_hf.models.quiet import without_retries
 
 if TYPE_CHECKING:
     import pyarrow
@@ -143,8 +144,15 @@ def open_tables(cfg: DataConfig, split: Split, boxes: BoxData) -> BoxSource:
     Raises:
         UserError: it cannot be found or read.
     """
-    listing = _list(cfg)
-    name = choose_split(cfg, split, list(listing.files or listing.builder.info.splits or {}))
+    with without_retries():
+        listing = _list(cfg)
+        name = choose_split(cfg, split, list(listing.files or listing.builder.info.splits or {}))
+        source = _open_split(listing, name, cfg, boxes)
+    source.revision = listing.commit
+    return source
+
+
+def _open_split(listing: Listing, name: str, cfg: DataConfig, boxes: BoxData) -> BoxSource:
     if listing.all_are(".parquet", name):
         parquet = ParquetFiles(_files(listing, name))
         columns = find_box_columns(listing.builder.info.features or parquet.features, cfg, boxes)

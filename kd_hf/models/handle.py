@@ -74,6 +74,7 @@ class ModelHandle:
         origin = self.origin
         return {
             "name": self.info.name,
+            "source": origin.source,
             "parameters": self.info.parameters,
             "library": origin.library,
             "architecture": origin.architecture,

@@ -32,6 +32,7 @@ from kd_hf.data.parquet import ParquetFiles
 from kd_hf.data.reading import plain_reason
 from kd_hf.errors import LocalError, UserError
 from kd_hf.models.info import ModelInfo
+from kd_hf.models.quiet import without_retries
 
 FORMAT = 1
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
@@ -221,7 +222,8 @@ def open_store(place: str) -> Store:
     from huggingface_hub import hf_hub_download
 
     try:
-        path = Path(hf_hub_download(found["repo"], MANIFEST, repo_type="dataset", revision=found["revision"]))
+        with without_retries():
+            path = Path(hf_hub_download(found["repo"], MANIFEST, repo_type="dataset", revision=found["revision"]))
     except Exception as error:  # the client lets through whatever its HTTP library raises
         reason = plain_reason(error)[:300]
         raise UserError(f"teacher.store: '{place}' is neither a folder nor a store on the Hub: {reason}") from error

@@ -11,6 +11,7 @@ from kd_hf.card.lineage import (
     distilling,
     hub_id,
     network_name,
+    only_body,
     origin,
     shown_path,
     weight_text,
@@ -54,6 +55,23 @@ def test_weights_that_were_not_read_have_no_origin_on_the_hub(tmp_path):
     assert (hub_id(run, "student"), origin(run, "student")) == (None, "random weights")
     given = record(tmp_path, {"student": {"model": "given:mine"}}, models={"student": note})
     assert (origin(given, "student"), network_name(given, "student")) == ("handed over in Python", "vit")
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "expected", "alone"),
+    [
+        ("timm/swin_tiny_patch4_window7_224.ms_in1k", COMMIT, "timm/swin_tiny_patch4_window7_224.ms_in1k", True),
+        ("org/detector", COMMIT, "org/detector", False),  # of which all was read, so the body's own were not
+        ("bodies/swin", None, None, False),
+    ],
+)
+def test_a_detector_that_began_with_a_body(tmp_path, source, revision, expected, alone):
+    """What was read is what the log says."""
+    body = "timm/swin_tiny_patch4_window7_224.ms_in1k"
+    note = {"name": "x", "source": source, "parameters": 1, "architecture": "kd_hf_vidt", "revision": revision}
+    blocks = {"student": {"model": "kd_hf/vidt_tiny", "body": body}, "data": {"boxes": {}}}
+    run = record(tmp_path, blocks, models={"student": note})
+    assert (hub_id(run, "student"), only_body(run, "student")) == (expected, alone)
 
 
 @pytest.mark.parametrize(

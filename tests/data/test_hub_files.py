@@ -8,6 +8,7 @@ import pytest
 
 from tests import runs
 from tests.data.conftest import encode, make_image, write_parquet, write_tar
+from tests.detection import scenes
 from tests.hub.server import serve
 
 # each line: a `data` block and a split; answers with what was found, or with the message
@@ -15,12 +16,15 @@ OPEN = """
 import json, sys, time
 from kd_hf.config import DataConfig
 from kd_hf.data.source import open_source
+from kd_hf.detection.source import open_boxes
 from kd_hf.errors import UserError
 time.sleep = lambda seconds: None  # the client's pauses before it tries again are not the subject
 for block, split in json.load(sys.stdin):
     try:
-        source = open_source(DataConfig(**block), split)
-        rows = [[data.hex(), label] for data, label in map(source.read, range(len(source)))]
+        cfg = DataConfig(**block)
+        source = open_boxes(cfg, split) if cfg.boxes else open_source(cfg, split)
+        told = str if cfg.boxes else lambda label: label
+        rows = [[data.hex(), told(label)] for data, label in map(source.read, range(len(source)))]
         print(json.dumps([source.class_names, source.group_sizes, rows, source.revision]), flush=True)
     except UserError as error:
         print(json.dumps(str(error)), flush=True)
@@ -40,6 +44,8 @@ def hub(tmp_path_factory):
         write_parquet(root / "train.parquet", 8)
         server.store.write("datasets", "org/table", {"train.parquet": (root / "train.parquet").read_bytes()})
         server.store.write("datasets", "org/table", {"LICENSE": b"mine"})
+        scenes.write_parquet(root / "boxes.parquet", [scenes.scene(index) for index in range(3)])
+        server.store.write("datasets", "org/boxes", {"train.parquet": (root / "boxes.parquet").read_bytes()})
         yield server
 
 
@@ -104,7 +110,13 @@ def test_the_commit_that_was_resolved_is_known(hub, tmp_path):
     newest = hub.store.resolve("datasets", "org/table", "main")
     older = hub.store.read("datasets", "org/table", newest)["parent"]
     block = {"path": "org/table", "streaming": True}
-    few, pinned = opened(
-        hub, tmp_path, [block | {"num_labels": 6}, "train"], [block | {"revision": older[:8]}, "train"]
+    boxes = {"path": "org/boxes", "streaming": True, "boxes": {}}
+    few, pinned, detection = opened(
+        hub,
+        tmp_path,
+        [block | {"num_labels": 6}, "train"],
+        [block | {"revision": older[:8]}, "train"],
+        [boxes, "train"],
     )
     assert (few[3], pinned[3]) == (newest, older)
+    assert detection[3] == hub.store.resolve("datasets", "org/boxes", "main")
