@@ -16,6 +16,7 @@ from kd_hf.errors import UserError
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
 from kd_hf.models.parts import live_part
+from kd_hf.models.recompute import enable_checkpointing
 from kd_hf.models.taps import Tapped
 from kd_hf.record import PLAIN
 from kd_hf.store.reader import StoredTeacher, check_methods
@@ -110,18 +111,6 @@ def assemble(
         enable_checkpointing(student.network)
     module = DistillModule(tapped, methods, choices)
     return Assembly(recipe, student, teachers, tapped_teachers, choices, module, shapes, stored)
-
-
-def enable_checkpointing(network: nn.Module) -> None:
-    """Recompute activations in the backward pass instead of keeping them."""
-    transformers_way = getattr(network, "activation_checkpointing_enable", None)
-    timm_way = getattr(network, "set_grad_checkpointing", None)
-    if callable(transformers_way):
-        transformers_way({"use_reentrant": False})
-    elif callable(timm_way):
-        timm_way(True)
-    else:
-        raise UserError("train.activation_checkpointing: this student does not support it")
 
 
 def load_network(

@@ -14,6 +14,7 @@ from kd_hf import checkpoint as ckpt
 from kd_hf.config import Recipe
 from kd_hf.distill import DistillModule
 from kd_hf.models.info import ModelInfo
+from kd_hf.models.recompute import CountOnce
 from kd_hf.optim import LrSchedule, build_average, build_optimizer
 from kd_hf.sharding import load_whole, load_whole_optimizer, prepare, whole
 
@@ -48,6 +49,8 @@ class Trainable:
         self.accelerator, self.args = accelerator, args
         self.plain = module
         self.ema = build_average(module.student, args.ema) if args.ema else None
+        if args.activation_checkpointing:
+            CountOnce(module.student.network)
         optimizer = build_optimizer(module, args)
         self.wrapped, self.optimizer = prepare(accelerator, module, optimizer, info, self.ema)
         self.schedule = LrSchedule(self.optimizer.optimizer, args, total_steps, steps_per_epoch)
