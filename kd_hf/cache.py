@@ -63,6 +63,7 @@ def write_store(
         _write(speakers, manifest, folder, missing)
     if speakers.accelerator.is_main_process:
         _finish(folder, manifest, columns)
+    speakers.accelerator.wait_for_everyone()  # the store is whole for whoever reads it next
     return manifest
 
 

@@ -26,7 +26,7 @@ from kd_hf.bench.show import extra_bytes, spread
 from kd_hf.card import markdown
 from kd_hf.files import write_text
 from tests.runs import ROOT, command, environment
-from tests.test_two_processes import launch
+from tests.test_two_processes import accelerate_launch
 
 FILE = ROOT / "recipes" / "benchmarks.md"
 INTRODUCTION = """\
@@ -150,7 +150,7 @@ def exchange_lines() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
         recipe = "recipes/vitkd_nkd_deit3_small_deit_tiny.yaml"
-        done = launch("kd_hf.bench", recipe, "--batch", "2", "--rounds", "1", "--json", str(file))
+        done = accelerate_launch("kd_hf.bench", recipe, "--batch", "2", "--rounds", "1", "--json", str(file))
         if done.returncode:
             sys.exit(done.stderr)
         found = json.loads(file.read_text())["exchange"]

@@ -22,8 +22,8 @@ from kd_hf.errors import UserError
 from kd_hf.recipe import load_recipe
 from kd_hf.trainer import DistillTrainer
 from tests.benchmark_table import CASES, page
+from tests.forked import launch
 from tests.runs import ROOT, TEACHER, recipe, recipe_file
-from tests.test_two_processes import launch
 
 DISTILLED = {
     "student": {"model": "test_vit"},

@@ -22,6 +22,7 @@ from kd_hf.store import open_store
 from kd_hf.store.writer import Speakers
 from kd_hf.train import train_recipe
 from kd_hf.trainer import DistillTrainer
+from tests.forked import launch
 from tests.hub.server import User, serve
 from tests.runs import (
     ROOT,
@@ -34,7 +35,6 @@ from tests.runs import (
     recipe_file,
 )
 from tests.test_trainer import Kill
-from tests.test_two_processes import launch
 
 # everything that changes an image; ten steps in two epochs
 OPTIONS = {

@@ -468,7 +468,7 @@ def test_a_push_that_cannot_be_is_told_before_the_teacher_is_trained(world, tmp_
     [
         ("kd_hf.train", ["--push"], "'run' holds no student yet (its training has not ended)"),
         ("kd_hf.export", ["--format", "torch-export"], "there is no config.json in that folder, nor in a student/"),
-        ("kd_hf.compare", [], "no run has logged 'eval_top1'"),
+        ("kd_hf.compare", [], "'run' (step 4 of 4) has no eval_top1 in its log"),
     ],
 )
 def test_commands_that_need_a_finished_run(world, killed, module, options, message):

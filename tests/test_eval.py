@@ -19,8 +19,8 @@ from kd_hf.eval import evaluate_models, main
 from kd_hf.gate import GateResult, check_label_order, guessing_top1
 from kd_hf.models.load import load_model
 from kd_hf.trainer import DistillTrainer
+from tests.forked import launch
 from tests.runs import recipe
-from tests.test_two_processes import launch
 
 DIGITS = {"path": "builtin:digits", "image_size": 32}
 

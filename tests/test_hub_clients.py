@@ -309,7 +309,8 @@ GATED = "is gated: accept its terms on https://huggingface.co/org/gated, then `h
 GATED_DATA = "Accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
 
 
-def test_what_may_not_be_read_ends_in_one_line(hub, tmp_path):
+def forbidden():
+    """What is not there, or not for the one who asks."""
     cases = [
         Case("teacher", {"model": "org/none"}, f"model 'org/none' {NO_MODEL}"),
         Case("teacher", {"model": "org/timm", "revision": "v9"}, "model 'org/timm' has no revision 'v9'"),
@@ -327,10 +328,11 @@ def test_what_may_not_be_read_ends_in_one_line(hub, tmp_path):
             Case("data", {"path": "org/gated"}, GATED_DATA, token),
             Case("data", {"path": "org/gated", "streaming": False}, GATED_DATA, token),
         ]
-    check_mistakes(hub.environment(tmp_path / "home"), tmp_path, cases)
+    return cases
 
 
-def test_lasting_faults_end_in_one_line(hub, tmp_path):
+def broken(hub):
+    """What does not arrive, however often it is tried: faults of repositories of their own."""
     hub.fail("short", "^GET /cdn/.*org/short.*safetensors", times=99)
     hub.fail("corrupt", "^GET /cdn/.*org/corrupt.*safetensors", times=99)
     hub.fail("status", "^(GET|HEAD) .*org/down", status=500, times=99)
@@ -339,7 +341,7 @@ def test_lasting_faults_end_in_one_line(hub, tmp_path):
     hub.fail("short", "^GET /cdn/.*org/cut.*train-00001", times=99)
     in_front = r"bytes=([0-3]\d{5}|\d{1,5})-"  # not the footer, which is read before training
     hub.fail("status", f"^GET /cdn/.*org/late.*train-.* {in_front}", status=429, retry_after=1, times=99)
-    cases = [
+    return [
         Case("teacher", {"model": "org/short"}, "could not be downloaded: OSError: Consistency check failed"),
         Case("teacher", {"model": "org/corrupt"}, "model.safetensors arrives damaged from the Hub"),
         Case("teacher", {"model": "org/down"}, "could not be downloaded: HfHubHTTPError: Server error '500"),
@@ -349,7 +351,10 @@ def test_lasting_faults_end_in_one_line(hub, tmp_path):
         Case("data", {"path": "org/down"}, "Check the network (and HF_HUB_OFFLINE), or give a local folder"),
         Case("data", {"path": "org/late"}, "data.path: cannot read row group", begun=True),
     ]
-    check_mistakes(hub.environment(tmp_path / "home"), tmp_path, cases)
+
+
+def test_what_cannot_be_read_ends_in_one_line(hub, tmp_path):
+    check_mistakes(hub.environment(tmp_path / "home"), tmp_path, [*forbidden(), *broken(hub)])
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ from kd_hf.recipe import load_recipe, recipe_hash
 from kd_hf.runtime import build_accelerator
 from kd_hf.sharding import check_sharding
 from kd_hf.trainer import DistillTrainer
-from tests.runs import ROOT, TEACHER, command, environment, recipe, recipe_file
+from tests.forked import Fork, free_port, ranks
+from tests.runs import ROOT, TEACHER, recipe, recipe_file
 from tests.sharded_teachers import NETWORKS, outputs_of
-from tests.test_two_processes import OPTIONS, free_port
+from tests.test_two_processes import OPTIONS
 
 LOSSES = ("loss", "task/ce", "kd/soft", "mgd/generation")
 HALF: dict[str, Any] = {"train": {"per_device_train_batch_size": 4}}
@@ -52,43 +53,35 @@ CONFIGS = ROOT / "accelerate_configs"
 Done = subprocess.CompletedProcess[str]
 
 
-def together(commands: list[list[str]], folders: list[Path]) -> list[Done]:
-    """Run commands side by side, each in its own working directory, to their end. GPUs are hidden from them."""
-    hidden = environment() | {"CUDA_VISIBLE_DEVICES": ""}
-    started = [
-        subprocess.Popen(line, env=hidden, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line, folder in zip(commands, folders, strict=True)
-    ]
+def together(commands: list[list[str]]) -> list[Done]:
+    """Run commands side by side to their end, from forks (what a launcher starts has its own interpreter); no GPUs."""
+    started = [Fork(*command, CUDA_VISIBLE_DEVICES="") for command in commands]
     try:
-        output = [process.communicate(timeout=200)[0] for process in started]
+        done = [process.end(200) for process in started]
     finally:
         for process in started:
-            process.kill()
-    return [Done(p.args, p.returncode, text) for p, text in zip(started, output, strict=True)]
+            process.process.kill()
+    return [Done(one.args, one.returncode, one.stdout + one.stderr) for one in done]
 
 
-def two_machines(*args: str, folders: tuple[Path, Path] = (ROOT, ROOT)) -> list[Done]:
+def two_machines(*args: str) -> list[Done]:
     """``accelerate launch`` on each of two machines, which here share an address, with one process on each."""
     fixed = ["--config_file", str(CONFIGS / "2x8gpu.yaml"), "--num_processes", "2"]
     meet = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    lines = [
-        command("accelerate.commands.launch", *fixed, *meet, "--machine_rank", str(rank), "-m", *args)
-        for rank in range(2)
-    ]
-    return together(lines, list(folders))
+    own = [[*meet, "--machine_rank", str(rank)] for rank in range(2)]
+    return together([["accelerate.commands.launch", *fixed, *rank, "-m", *args] for rank in own])
 
 
 def two_machines_by_torchrun(*args: str) -> list[Done]:
     """``torchrun --nnodes 2`` on each of two machines."""
     fixed = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    lines = [command("torch.distributed.run", *fixed, "--node_rank", str(rank), "-m", *args) for rank in range(2)]
-    return together(lines, [ROOT, ROOT])
+    return together([["torch.distributed.run", *fixed, "--node_rank", str(rank), "-m", *args] for rank in range(2)])
 
 
 def launch(config: Path, *args: str) -> Done:
     """``accelerate launch`` of two processes on this machine."""
     fixed = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", str(free_port())]
-    return together([command("accelerate.commands.launch", *fixed, *args)], [ROOT])[0]
+    return together([["accelerate.commands.launch", *fixed, *args]])[0]
 
 
 def train_here(folder: Path, *blocks: dict[str, Any]) -> DistillTrainer:
@@ -136,9 +129,13 @@ def test_machines_that_do_not_share_the_run_folder_are_stopped(alone, tmp_path):
         folder.mkdir()
     shutil.copytree(alone / "checkpoints", folders[0] / "run" / "checkpoints")
     path = recipe_file(tmp_path / "recipe.yaml", Path("run"), OPTIONS, HALF)  # a folder of each machine's own
-    first, second = two_machines("kd_hf.train", str(path), folders=folders)
+    world = ranks(2, LOCAL_WORLD_SIZE="1", LOCAL_RANK="0", CUDA_VISIBLE_DEVICES="")
+    started = [
+        Fork("kd_hf.train", str(path), folder=folder, **rank) for folder, rank in zip(folders, world, strict=True)
+    ]
+    first, second = (process.end() for process in started)
     assert first.returncode != 0 and second.returncode != 0
-    said = [line for line in (first.stdout + second.stdout).splitlines() if "kd_hf: error:" in line]
+    said = [line for line in (first.stderr + second.stderr).splitlines() if "kd_hf: error:" in line]
     assert len(said) == 1
     assert "train.output_dir: the processes do not see the same checkpoints" in said[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -11,7 +12,9 @@ import pytest
 
 from kd_hf.callbacks import read_log
 from kd_hf.checkpoint import list_checkpoints, step_of
-from tests.runs import ROOT, TEACHER, assert_same_tensors, command, environment, final_tensors, recipe_file, run
+from tests import runs
+from tests.forked import Fork, run
+from tests.runs import TEACHER, assert_same_tensors, final_tensors, recipe_file
 
 STEPS = 40
 OPTIONS = {
@@ -44,25 +47,22 @@ def streamed(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, streamed) -> Path:
+    """The run that nothing interrupts, in an interpreter of its own."""
     folder = tmp_path_factory.mktemp("reference")
-    done = run("kd_hf.train", str(recipe_file(folder / "recipe.yaml", folder / "run", OPTIONS, streamed)))
+    done = runs.run("kd_hf.train", str(recipe_file(folder / "recipe.yaml", folder / "run", OPTIONS, streamed)))
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
 def start_and_signal(file: Path, folder: Path, after: int, number: signal.Signals) -> subprocess.CompletedProcess[str]:
     """Start training, send a signal once step `after` is logged, wait for the end."""
-    process = subprocess.Popen(
-        command("kd_hf.train", str(file)),
-        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    started = Fork("kd_hf.train", str(file))
     deadline = time.monotonic() + 120
     while not any(line.get("loss") and line["step"] >= after for line in read_log(folder)):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert started.process.is_alive() and time.monotonic() < deadline, started.end(0)
         time.sleep(0.01)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    os.kill(started.process.pid, number)
+    return started.end(120)
 
 
 def test_sigkill_then_other_workers_equals_the_uninterrupted_run(tmp_path, reference, streamed):

@@ -9,7 +9,8 @@ from kd_hf.data.noise import NoiseSource
 from kd_hf.errors import UserError
 from kd_hf.recipe import load_recipe
 from kd_hf.smoke import smoke, smoke_recipe
-from tests.runs import ROOT, TEACHER, recipe, run
+from tests.forked import run
+from tests.runs import ROOT, TEACHER, recipe
 
 REPRESENTATIVE = ("quickstart", "mgd_resnet34_resnet18", "vitkd_nkd_deit3_small_deit_tiny", "uskd_resnet18")
 

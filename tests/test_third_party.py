@@ -12,6 +12,7 @@ import pytest
 from kd_hf.callbacks import read_log
 from kd_hf.errors import UserError
 from kd_hf.methods import get_method, method_names
+from tests.forked import Fork
 from tests.runs import ROOT, TEACHER, environment, recipe_file, run
 
 PROJECT = """\
@@ -54,18 +55,16 @@ def installed(tmp_path_factory) -> Path:
     return target
 
 
-def python(package: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """``python …`` that sees this checkout and the package."""
-    seen = environment() | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(package)))}
-    return subprocess.run(
-        [sys.executable, *args], env=seen, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+def paths(package: Path) -> str:
+    """What Python searches: this checkout and the package."""
+    return os.pathsep.join((str(ROOT), str(package)))
 
 
 def train(package: Path, folder: Path, methods: dict) -> subprocess.CompletedProcess[str]:
     """Two steps with these methods."""
     blocks = {"teacher": TEACHER, "methods": methods, "train": {"max_steps": 2}}
-    return python(package, "-m", "kd_hf.train", str(recipe_file(folder / "recipe.yaml", folder / "run", blocks)))
+    file = recipe_file(folder / "recipe.yaml", folder / "run", blocks)
+    return Fork("kd_hf.train", str(file), PYTHONPATH=paths(package)).end()
 
 
 def test_it_is_listed_and_keeps_the_contract(installed):
@@ -77,7 +76,8 @@ def test_it_is_listed_and_keeps_the_contract(installed):
             "print(*method_names())",
         )
     )
-    done = python(installed, "-c", code)
+    seen = environment() | {"PYTHONPATH": paths(installed)}
+    done = subprocess.run([sys.executable, "-c", code], env=seen, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     names = done.stdout.split()
     assert names == sorted(names)
@@ -125,9 +125,11 @@ def others(tmp_path, monkeypatch):
     register(tmp_path, "greedy", "kd = greedy:KD", "detr_kd = greedy:Boxes", "twice = greedy:Once")
     register(tmp_path, "other", "twice = other:Again")
     monkeypatch.syspath_prepend(str(tmp_path))
-    method_names.cache_clear()
+    for known in (method_names, get_method):
+        known.cache_clear()
     yield
-    method_names.cache_clear()
+    for known in (method_names, get_method):
+        known.cache_clear()
 
 
 @pytest.mark.parametrize(

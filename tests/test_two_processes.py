@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 
@@ -13,7 +12,8 @@ from kd_hf.callbacks import read_log
 from kd_hf.config import TrainConfig
 from kd_hf.errors import UserError
 from kd_hf.runtime import build_accelerator
-from tests.runs import ROOT, TEACHER, environment, final_tensors, recipe_file, run
+from tests.forked import free_port, launch, run
+from tests.runs import ROOT, TEACHER, environment, final_tensors, recipe_file
 
 # LayerNorm networks: BatchNorm sees the images of one process only
 OPTIONS = {
@@ -25,13 +25,7 @@ OPTIONS = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def launch(*args: str) -> subprocess.CompletedProcess[str]:
+def accelerate_launch(*args: str) -> subprocess.CompletedProcess[str]:
     """``accelerate launch --config_file accelerate_configs/2cpu.yaml -m …``"""
     config = ["--config_file", "accelerate_configs/2cpu.yaml", "--main_process_port", str(free_port())]
     return subprocess.run(
@@ -47,7 +41,7 @@ def both(tmp_path_factory):
     one = run("kd_hf.train", str(recipe_file(folder / "one.yaml", folder / "one", OPTIONS)))
     assert one.returncode == 0, one.stderr
     half = {"train": {"per_device_train_batch_size": 4, "dataloader_num_workers": 1}}
-    two = launch("kd_hf.train", str(recipe_file(folder / "two.yaml", folder / "two", OPTIONS, half)))
+    two = accelerate_launch("kd_hf.train", str(recipe_file(folder / "two.yaml", folder / "two", OPTIONS, half)))
     assert two.returncode == 0, two.stderr
     return folder / "one", folder / "two"
 

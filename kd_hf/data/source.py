@@ -136,7 +136,8 @@ class DigitsSource(Source):
         self.class_names = tuple(str(name) for name in digits.target_names)
         self.group_sizes = (len(rows),)
         self._labels = digits.target[rows].astype(np.int64)
-        self._images = [self._encode(image) for image in digits.images[rows]]
+        self._images = digits.images[rows]
+        self._encoded: dict[int, bytes] = {}  # most runs of a few steps read few of them
 
     @staticmethod
     def _encode(image: np.ndarray) -> bytes:
@@ -152,7 +153,9 @@ class DigitsSource(Source):
 
     def read(self, row: int) -> tuple[bytes, int]:
         """Encoded image and label; see :class:`Source`."""
-        return self._images[row], int(self._labels[row])
+        if row not in self._encoded:
+            self._encoded[row] = self._encode(self._images[row])
+        return self._encoded[row], int(self._labels[row])
 
     def labels(self) -> np.ndarray:
         """All labels; see :class:`Source`."""

@@ -41,6 +41,7 @@ def _for_classes() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_METHODS]
 
 
+@cache
 def get_method(name: str) -> type[Method]:
     """Return the method class called `name`.
 

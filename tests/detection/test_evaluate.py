@@ -23,7 +23,7 @@ from kd_hf.models.load import load_model
 from tests.detection.scenes import NAMES as COLOURS
 from tests.detection.scenes import VIEW, scene, write_coco
 from tests.detection.tiny import tiny_config
-from tests.runs import run
+from tests.forked import run
 
 ROWS = 14
 SPLIT = "validation"

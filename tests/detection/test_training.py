@@ -14,9 +14,9 @@ from kd_hf.errors import UserError
 from kd_hf.recipe import load_recipe, make_recipe
 from kd_hf.trainer import DistillTrainer
 from tests.detection.scenes import draw, write_parquet
+from tests.forked import launch
 from tests.runs import assert_same_tensors, final_tensors, merged, recipe_file
 from tests.test_trainer import Kill
-from tests.test_two_processes import launch
 
 SIZES = {"depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "num_queries": 6, "d_model": 64,
          "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 16, "decoder_n_points": 2}  # fmt: skip
