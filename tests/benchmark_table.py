@@ -1,8 +1,9 @@
 """What distillation costs here: ``python -m tests.benchmark_table [--rounds N] [--images FOLDER] [--only NAME …]``.
 
 Writes ``recipes/benchmarks.md``: the section about this kind of machine, CPU or GPU; the other one stays. With
-`--only` nothing is written. Every process has one thread. Neither weights nor a network connection are needed; what
-loaders cost and stores save is measured on `--images` only, a folder of Parquet or JPEG files.
+`--only` the rows of the named cases are renewed, which should be done on the machine and with the versions that the
+section names; of its other tables nothing is. Every process has one thread. Neither weights nor a network connection
+are needed; what loaders cost and stores save is measured on `--images` only, a folder of Parquet or JPEG files.
 """
 
 from __future__ import annotations
@@ -204,11 +205,25 @@ def printed(*arguments: str) -> Iterator[str]:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
+def sections(text: str) -> dict[str, str]:
+    """The sections of a page by kind of machine."""
+    return dict(re.findall(r"<!-- (cpu|gpu) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
+
+
 def page(section: str, kind: str, before: str) -> str:
     """The whole page: `section` about machines of `kind`, and of `before` the section about the other kind."""
-    sections = dict(re.findall(r"<!-- (cpu|gpu) -->\n(.*?)\n<!-- end -->", before, re.DOTALL)) | {kind: section}
-    marked = (f"<!-- {name} -->\n{sections[name]}\n<!-- end -->\n" for name in ("cpu", "gpu") if name in sections)
+    found = sections(before) | {kind: section}
+    marked = (f"<!-- {name} -->\n{found[name]}\n<!-- end -->\n" for name in ("cpu", "gpu") if name in found)
     return "\n".join([INTRODUCTION, *marked])
+
+
+def renewed(rows: Iterable[Sequence[str]], kind: str, before: str) -> str:
+    """The page with new rows of cases in the place of those in the section about machines of `kind`."""
+    section = sections(before).get(kind, "")
+    for row in rows:
+        line = markdown.table([HEAD, row])[-1]
+        section = re.sub(rf"^\| {row[0]} \|.*$", lambda _, line=line: line, section, flags=re.MULTILINE)
+    return page(section, kind, before) if section else before
 
 
 def heading(found: Mapping[str, Any], argv: Iterable[str]) -> list[str]:
@@ -254,10 +269,11 @@ def main(argv: Sequence[str]) -> int:
             found = [*parts[name]]
             print("\n".join(found), flush=True)
             lines += ["", *found] if found else []
+    kind, before = "gpu" if on_gpu else "cpu", FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
     if set(args.only) == {*CASES, *others}:
-        text = "\n".join([*heading(measured["nkd_vit"], argv), *lines])
-        before = FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
-        write_text(FILE, page(text, "gpu" if on_gpu else "cpu", before))
+        write_text(FILE, page("\n".join([*heading(measured["nkd_vit"], argv), *lines]), kind, before))
+    elif measured:
+        write_text(FILE, renewed([step_row(*case) for case in measured.items()], kind, before))
     return 0
 
 

@@ -21,7 +21,7 @@ from kd_hf.data.source import open_source
 from kd_hf.errors import UserError
 from kd_hf.recipe import load_recipe
 from kd_hf.trainer import DistillTrainer
-from tests.benchmark_table import CASES, page
+from tests.benchmark_table import CASES, page, renewed
 from tests.forked import launch
 from tests.runs import ROOT, TEACHER, recipe, recipe_file
 
@@ -211,6 +211,14 @@ def test_the_page_of_benchmarks_keeps_what_other_machines_gave():
     assert "## a CPU" in both and "## a CPU" not in again
     assert again.index("## another CPU") < again.index("## a GPU")
     assert page("## a GPU", "gpu", again) == again
+
+
+def test_rows_of_the_page_are_renewed():
+    table = "\n".join(("| case | tax |", "| --- | ---: |", "| nkd_vit | 1.1 |", "| nkd_cnn | 1.2 |"))
+    before = page(f"## a GPU\n{table}", "gpu", page(f"## a CPU\n{table}", "cpu", ""))
+    after = renewed([("nkd_vit", "1.01"), ("mgd", "1.3")], "cpu", before)
+    assert after == before.replace("| nkd_vit | 1.1 |", "| nkd_vit | 1.01 |", 1)
+    assert renewed([("nkd_vit", "1.01")], "gpu", "") == ""
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("_cnn")])
