@@ -41,6 +41,11 @@ then forward, cross-entropy and backward of the student's network alone, on the 
 a median over rounds, with quartiles in brackets; *by FLOPs* is what the methods' own modules cost by counting. Teachers
 are in eval mode. The parts are shares of the whole step, its optimiser included. *Extra GB* is peak memory of three
 steps over that of the bare pair, in processes of their own, without what the optimiser keeps.
+
+Where a CPU misses a bound, this is why. The generators of ViTKD and MGD add the FLOPs that the column says, in products
+that run at the rate of the networks' own, so that share is their floor. AVX-512 BF16 multiplies twice as fast as
+float32 at best, and attention and norms gain less, so a transformer as teacher stays above one half. Of the loader with
+RandAugment nearly half the time is timm's policy on Pillow's images, which both sides run to the same pixels.
 """
 
 
@@ -226,7 +231,7 @@ def renewed(rows: Iterable[Sequence[str]], kind: str, before: str) -> str:
     return page(section, kind, before) if section else before
 
 
-def heading(found: Mapping[str, Any], argv: Iterable[str]) -> list[str]:
+def heading(found: Mapping[str, Any], images: bool) -> list[str]:
     """Machine, date, versions and command of a section."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     device = found["processor"] if found["device"] == "cpu" else found["device"]
@@ -234,7 +239,7 @@ def heading(found: Mapping[str, Any], argv: Iterable[str]) -> list[str]:
         f"## {device}",
         "",
         f"{datetime.date.today()}, one thread, {found['counted']}, {found['rounds']} rounds; {versions}.",
-        f"`{shlex.join(['python', '-m', 'tests.benchmark_table', *argv])}`",
+        f"`python -m tests.benchmark_table --rounds {found['rounds']}{' --images FOLDER' if images else ''}`",
         "",
     ]
 
@@ -271,7 +276,7 @@ def main(argv: Sequence[str]) -> int:
             lines += ["", *found] if found else []
     kind, before = "gpu" if on_gpu else "cpu", FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
     if set(args.only) == {*CASES, *others}:
-        write_text(FILE, page("\n".join([*heading(measured["nkd_vit"], argv), *lines]), kind, before))
+        write_text(FILE, page("\n".join([*heading(measured["nkd_vit"], bool(args.images)), *lines]), kind, before))
     elif measured:
         write_text(FILE, renewed([step_row(*case) for case in measured.items()], kind, before))
     return 0
