@@ -63,8 +63,7 @@ def load_detector(
 
     Args:
         model: ``kd_hf/vidt_nano`` (also ``_tiny``, ``_small``, ``_base``), a folder or run folder, a Hub id
-            (``org/name``), or ``transformers/<model_type>``, for a random network of that type; what is known is in
-            :data:`kd_hf.detection.families.FAMILIES`.
+            (``org/name``), or ``transformers/<model_type>`` of :data:`kd_hf.detection.families.FAMILIES`, random.
         pretrained: read the weights; else they are random, also those of the backbone.
         num_classes: K, without "no object"; where it differs from the weights', the class heads are new and the rest
             is kept.
@@ -97,9 +96,6 @@ def load_detector(
         device=None if device is None else torch.device(device),
     )
     request, source = _locate(request, body)
-    if source.library != "transformers":
-        raise UserError(f"model '{model}' is a classifier of {source.library}, not a detector")
-    family_of(source.architecture, model)
     with tempfile.TemporaryDirectory() as scratch, building(request):
         source = with_weights_at_hand(request, source, Path(scratch))
         handle = _load(request, source)
@@ -116,10 +112,13 @@ def _locate(request: Request, body: str | None) -> tuple[Request, Source]:
     named = {LIBRARY: _from_name, "": _no_detector, "timm": _no_detector}
     if body is not None:
         untrained = replace(request, pretrained=False)
-        source = locate(untrained, named)
-        if source.folder is None:
-            return untrained, source
-    return request, locate(request, named)
+        if locate(untrained, named).folder is None:
+            request = untrained
+    source = locate(request, named)
+    if source.library != "transformers":
+        raise UserError(f"model '{request.model}' is a classifier of {source.library}, not a detector")
+    family_of(source.architecture, request.model)
+    return request, source
 
 
 def _from_name(request: Request, name: str) -> Source:
