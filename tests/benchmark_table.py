@@ -39,8 +39,9 @@ kind of machine it runs on; `python -m kd_hf.bench RECIPE` measures any recipe i
 The *tax* is a training step without its optimiser over the bare pair: the teacher's network alone in inference mode,
 then forward, cross-entropy and backward of the student's network alone, on the same tensors at random weights. It is
 a median over rounds, with quartiles in brackets; *by FLOPs* is what the methods' own modules cost by counting. Teachers
-are in eval mode. The parts are shares of the whole step, its optimiser included. *Extra GB* is peak memory of three
-steps over that of the bare pair, in processes of their own, without what the optimiser keeps.
+are in eval mode. The parts are shares of the whole step, its optimiser (with the clipping of gradients) included.
+*Extra GB* is peak memory of three steps over that of the bare pair, in processes of their own, without what the
+optimiser keeps.
 
 Where a CPU misses a bound, this is why. The generators of ViTKD and MGD add the FLOPs that the column says, in products
 that run at the rate of the networks' own, so that share is their floor. AVX-512 BF16 multiplies twice as fast as
@@ -222,12 +223,12 @@ def page(section: str, kind: str, before: str) -> str:
     return "\n".join([INTRODUCTION, *marked])
 
 
-def renewed(rows: Iterable[Sequence[str]], kind: str, before: str) -> str:
-    """The page with new rows of cases in the place of those in the section about machines of `kind`."""
+def renewed(lines: Iterable[str], kind: str, before: str) -> str:
+    """The page with new rows of tables in the place of those with the same first cell, in the section about `kind`."""
     section = sections(before).get(kind, "")
-    for row in rows:
-        line = markdown.table([HEAD, row])[-1]
-        section = re.sub(rf"^\| {row[0]} \|.*$", lambda _, line=line: line, section, flags=re.MULTILINE)
+    rows = {line.split(" | ")[0]: line for line in lines if line and not line.startswith("| -")}
+    for first, line in rows.items():
+        section = re.sub(rf"^{re.escape(first)} \|.*$", lambda _, line=line: line, section, flags=re.MULTILINE)
     return page(section, kind, before) if section else before
 
 
@@ -278,7 +279,7 @@ def main(argv: Sequence[str]) -> int:
     if set(args.only) == {*CASES, *others}:
         write_text(FILE, page("\n".join([*heading(measured["nkd_vit"], bool(args.images)), *lines]), kind, before))
     elif measured:
-        write_text(FILE, renewed([step_row(*case) for case in measured.items()], kind, before))
+        write_text(FILE, renewed(step_lines(measured), kind, before))
     return 0
 
 

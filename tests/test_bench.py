@@ -216,9 +216,9 @@ def test_the_page_of_benchmarks_keeps_what_other_machines_gave():
 def test_rows_of_the_page_are_renewed():
     table = "\n".join(("| case | tax |", "| --- | ---: |", "| nkd_vit | 1.1 |", "| nkd_cnn | 1.2 |"))
     before = page(f"## a GPU\n{table}", "gpu", page(f"## a CPU\n{table}", "cpu", ""))
-    after = renewed([("nkd_vit", "1.01"), ("mgd", "1.3")], "cpu", before)
+    after = renewed(["| case | tax |", "| --- | ---: |", "| nkd_vit | 1.01 |", "", "| mgd | 1.3 |"], "cpu", before)
     assert after == before.replace("| nkd_vit | 1.1 |", "| nkd_vit | 1.01 |", 1)
-    assert renewed([("nkd_vit", "1.01")], "gpu", "") == ""
+    assert renewed(["| nkd_vit | 1.01 |"], "gpu", "") == ""
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("_cnn")])

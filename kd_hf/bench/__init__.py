@@ -8,8 +8,8 @@ hand-over  images normalised, erased and mixed, the methods' random numbers, lea
 teacher    forward passes of the teachers that are read
 student    forward pass
 losses     forward passes of the task's loss and the methods, with their own modules
-backward   sum of the losses, backward pass of student and methods, exchange and clipping of gradients
-optimiser  step, gradients set to None, moving average
+backward   sum of the losses, backward pass of student and methods, exchange of gradients
+optimiser  clipping of gradients, step, gradients set to None, moving average
 =========  ======================================================================================================
 
 so the parts of a round add up to its step; with ``train.torch_compile`` the losses count as the student's. In turns

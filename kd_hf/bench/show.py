@@ -14,7 +14,7 @@ PARTS = {
     "student": "forward",
     "losses": "forward, task and methods",
     "backward": "student and methods",
-    "optimiser": "step, moving average",
+    "optimiser": "clipping, step, moving average",
 }
 FLOPS = ("student", "teacher", "methods")
 

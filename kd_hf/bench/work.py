@@ -66,7 +66,14 @@ class TrainerStep:
             model.register_forward_pre_hook(border("hand-over"))
             model.register_forward_hook(border(part))
         trained.wrapped.register_forward_hook(border("losses"))
-        self.trainer.add_callback(_BeforeOptimiser(border("backward")))
+        accelerator: Any = self.trainer.accelerator
+        backward = accelerator.backward
+
+        def marked(loss: Tensor) -> None:
+            backward(loss)
+            self._mark("backward")
+
+        accelerator.backward = marked
 
     @property
     def teachers(self) -> dict[str, Teacher]:
@@ -104,13 +111,6 @@ class TrainerStep:
             name: sum(p.numel() * p.element_size() for p in part.parameters() if p.requires_grad)
             for name, part in parts.items()
         }
-
-
-class _BeforeOptimiser:
-    """A callback that says when all gradients are there."""
-
-    def __init__(self, say: Callable[..., None]) -> None:
-        self.on_pre_optimizer_step = say
 
 
 class BarePair:
