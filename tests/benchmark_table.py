@@ -45,7 +45,7 @@ optimiser keeps.
 
 Where a CPU misses a bound, this is why. The generators of ViTKD and MGD add the FLOPs that the column says, in products
 that run at the rate of the networks' own, so that share is their floor. AVX-512 BF16 multiplies twice as fast as
-float32 at best, and attention and norms gain less, so a transformer as teacher stays above one half. Of the loader with
+float32 at best, and attention and norms gain less, so a transformer as teacher stays near one half. Of the loader with
 RandAugment nearly half the time is timm's policy on Pillow's images, which both sides run to the same pixels.
 """
 

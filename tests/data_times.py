@@ -270,8 +270,17 @@ def crop_psnr(images: list[bytes]) -> float:
     return 10 * float(np.log10(255**2 / max(errors)))
 
 
-def measure(name: str, row: Row, rounds: int) -> str:
-    """The line of a row."""
+@dataclass(frozen=True)
+class Found:
+    """Medians of both sides in seconds, and quartiles of their ratio."""
+
+    ours: float
+    theirs: float
+    quartiles: tuple[float, float, float]
+
+
+def compare(row: Row, rounds: int) -> Found:
+    """Let both sides take turns, in reversed order every other time, once untimed."""
     times: list[tuple[float, float]] = []
     for turn in range(rounds + 1):
         order = -1 if turn % 2 else 1
@@ -279,13 +288,24 @@ def measure(name: str, row: Row, rounds: int) -> str:
         times += [(taken[0], taken[1])] if turn else []  # the first one warms up
     ratios = sorted(theirs / ours if row.speed else ours / theirs for ours, theirs in times)
     low, middle, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.25, 0.5, 0.75))
-    ours, theirs = (1e3 * statistics.median(side) for side in zip(*times, strict=True))
+    ours, theirs = (statistics.median(side) for side in zip(*times, strict=True))
+    return Found(ours, theirs, (low, middle, high))
+
+
+def judged(row: Row, found: Found) -> str:
+    """The ratio, its quartiles, and whether the bound is kept."""
+    low, middle, high = found.quartiles
     verdict = ""
     if row.bound is not None:
         reached = middle >= row.bound if row.speed else middle <= row.bound
         verdict = f"{'≥' if row.speed else '≤'} {row.bound:.2f}  {'reached' if reached else 'MISSED'}"
-    spread = f"[{low:.3f}–{high:.3f}]"
-    return f"{name:22} {ours:9.1f} {theirs:9.1f} {middle:7.3f}  {spread:16} {verdict}"
+    return f"{middle:7.3f}  {f'[{low:.3f}–{high:.3f}]':16} {verdict}"
+
+
+def measure(name: str, row: Row, rounds: int) -> str:
+    """The line of a row."""
+    found = compare(row, rounds)
+    return f"{name:22} {1e3 * found.ours:9.1f} {1e3 * found.theirs:9.1f} {judged(row, found)}"
 
 
 def main() -> None:

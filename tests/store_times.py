@@ -13,9 +13,7 @@ import argparse
 import io
 import itertools
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ import pyarrow.parquet
 from kd_hf.cache import write_store
 from kd_hf.recipe import load_recipe
 from kd_hf.trainer import DistillTrainer
-from tests.data_times import encoded
+from tests.data_times import Row, compare, encoded, judged
 from tests.runs import ROOT
 
 CLASSES, BATCH, STEPS = 1000, 8, 4  # of a turn
@@ -37,7 +35,7 @@ DEIT = ("student.model=deit_tiny_patch16_224", "teacher.model=timm/deit_base_pat
 
 
 @dataclass(frozen=True)
-class Row:
+class Case:
     """A recipe trained from a store, and the same student otherwise: plain, or with its teacher live."""
 
     recipe: str
@@ -48,9 +46,9 @@ class Row:
 
 
 ROWS = {
-    "over_plain_cnn": Row("nkd_resnet34_resnet18", ("teacher.mode=eval",), "plain", 1.05, "ResNet-18"),
-    "over_plain_vit": Row("nkd_deit3_small_deit_tiny", DEIT, "plain", 1.05, "DeiT-T"),
-    "live": Row("nkd_deit3_small_deit_tiny", DEIT, "live", 4.0, "DeiT-B → DeiT-T"),
+    "over_plain_cnn": Case("nkd_resnet34_resnet18", ("teacher.mode=eval",), "plain", 1.05, "ResNet-18"),
+    "over_plain_vit": Case("nkd_deit3_small_deit_tiny", DEIT, "plain", 1.05, "DeiT-T"),
+    "live": Case("nkd_deit3_small_deit_tiny", DEIT, "live", 4.0, "DeiT-B → DeiT-T"),
 }
 
 
@@ -68,53 +66,40 @@ def write_images(images: list[bytes], folder: Path) -> None:
         pyarrow.parquet.write_table(table, folder / f"{split}-0.parquet", row_group_size=100)
 
 
-def trainer_of(row: Row, data: Path, folder: Path, steps: int, extra: Sequence[str]) -> DistillTrainer:
+def trainer_of(case: Case, data: Path, folder: Path, steps: int, extra: Sequence[str]) -> DistillTrainer:
     """A trainer of the row's recipe for so many steps on these images, in this process alone."""
     fixed = [f"data.path={data}", "data.augment.mix_group=null", "baseline=null", f"train.output_dir={folder}"]
     fixed += [f"train.per_device_train_batch_size={BATCH}", f"train.max_steps={steps}", "train.warmup_steps=0 steps"]
     fixed += ["train.dataloader_num_workers=0", "train.cpu_threads=1", "train.use_cpu=true"]
-    return DistillTrainer(load_recipe(ROOT / "recipes" / f"{row.recipe}.yaml", [*fixed, *row.overrides, *extra]))
+    return DistillTrainer(load_recipe(ROOT / "recipes" / f"{case.recipe}.yaml", [*fixed, *case.overrides, *extra]))
 
 
-def turn_of(trainer: DistillTrainer) -> Callable[[], float]:
-    """A function that takes some steps of the run, from the reading of images on, and gives the processor time of
-    one."""
+def turn_of(trainer: DistillTrainer) -> Callable[[], None]:
+    """A function that takes some steps of the run, from the reading of images on."""
     feed = trainer.feed()
 
-    def turn() -> float:
-        start = time.process_time()
+    def turn() -> None:
         for _ in range(STEPS):
             trainer.step(feed)
             trainer.state.global_step += 1
-        return (time.process_time() - start) / STEPS
 
     return turn
 
 
 def measure(name: str, data: Path, folder: Path, rounds: int) -> str:
     """The line of a row."""
-    row, steps, store = ROWS[name], STEPS * (rounds + 1), folder / "store"
+    case, steps, store = ROWS[name], STEPS * (rounds + 1), folder / "store"
     untrained, plain = ("teacher.pretrained=false", "teacher.gate.enabled=false"), ("teacher=null", "methods.nkd=false")
-    live = trainer_of(row, data, folder / "live", steps, untrained)
+    live = trainer_of(case, data, folder / "live", steps, untrained)
     with redirect_stdout(io.StringIO()):
         write_store(live.recipe, store, epochs=1)
     size = sum(file.stat().st_size for file in store.rglob("*.parquet")) / (steps * BATCH)
-    stored = trainer_of(row, data, folder / "stored", steps, (*untrained, f"teacher.store={store}"))
-    other = live if row.other == "live" else trainer_of(row, data, folder / "plain", steps, plain)
-    turns = [turn_of(stored), turn_of(other)]
-    times: list[list[float]] = []
-    for number in range(rounds + 1):
-        order = -1 if number % 2 else 1
-        taken = [turn() for turn in turns[::order]][::order]
-        times += [taken] if number else []  # the first one warms up
-    faster = row.other == "live"
-    ratios = sorted(theirs / ours if faster else ours / theirs for ours, theirs in times)
-    low, middle, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.25, 0.5, 0.75))
-    ours, theirs = (statistics.median(side) for side in zip(*times, strict=True))
-    reached = middle >= row.bound if faster else middle <= row.bound
-    verdict = f"{'≥' if faster else '≤'} {row.bound:.2f}  {'reached' if reached else 'MISSED'}"
-    spread = f"[{low:.3f}–{high:.3f}]"
-    return f"{name:15} {row.networks:16} {ours:9.3f} {theirs:8.3f} {middle:7.3f}  {spread:16} {verdict:16} {size:5.0f}"
+    stored = trainer_of(case, data, folder / "stored", steps, (*untrained, f"teacher.store={store}"))
+    other = live if case.other == "live" else trainer_of(case, data, folder / "plain", steps, plain)
+    sides = Row(turn_of(stored), turn_of(other), case.bound, speed=case.other == "live")
+    found = compare(sides, rounds)
+    seconds = f"{found.ours / STEPS:9.3f} {found.theirs / STEPS:8.3f}"
+    return f"{name:15} {case.networks:16} {seconds} {judged(sides, found):43} {size:5.0f}"
 
 
 def main() -> None:
