@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_hf.models.info import ModelInfo, Preprocessing, Stage
+from kd_hf.models.info import ModelInfo, PreActivation, Preprocessing, Stage
 
 # timm classes whose feature_info names modules that do not return the feature it means, as one tensor in one layout
 _TIMM_IRREGULAR = frozenset(
@@ -40,6 +40,22 @@ _TRANSFORMERS_FAMILIES = {
     "convnext": "NCHW",
     "convnextv2": "NCHW",
 }
+# a block that ends in an activation → that module, and the BatchNorm before it, relative to the block
+_LAST_ACTIVATION = {
+    "timm.models.resnet.BasicBlock": ("act2", "bn2"),
+    "timm.models.resnet.Bottleneck": ("act3", "bn3"),
+    "timm.models.regnet.Bottleneck": ("act3", "conv3.bn"),
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": ("bn2.act", "bn2"),
+    "transformers.models.resnet.modeling_resnet.ResNetBasicLayer": ("activation", "layer.1.normalization"),
+    "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": ("activation", "layer.2.normalization"),
+    "transformers.models.regnet.modeling_regnet.RegNetXLayer": ("activation", "layer.2.normalization"),
+    "transformers.models.regnet.modeling_regnet.RegNetYLayer": ("activation", "layer.3.normalization"),
+}
+# modules beside torch's own that run their children one after the other
+_IN_ORDER = frozenset(
+    {"timm.models.regnet.RegStage"}
+    | {f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}Stage" for name in ("ResNet", "RegNet")}
+)
 # where the repeated modules and the final norm may live inside a transformers base model, in order of preference
 _TRANSFORMERS_REPEATED = ("encoder.stages", "encoder.layers", "encoder.layer", "layers")
 _TRANSFORMERS_NORMS = ("layernorm", "layer_norm", "norm")
@@ -106,7 +122,9 @@ def describe_timm(network: nn.Module, name: str, preprocessing: Preprocessing) -
         }
     else:
         layout = _attribute(network, "output_fmt", str, "NCHW")
-        facts["stages"] = tuple(Stage(path, channels, layout) for path, channels, _ in _pyramid(levels))
+        facts["stages"] = tuple(
+            Stage(path, channels, layout, pre_activation(network, path)) for path, channels, _ in _pyramid(levels)
+        )
         if (
             facts["stages"]
             and layout == "NHWC"
@@ -136,7 +154,10 @@ def describe_transformers(network: nn.Module, name: str, preprocessing: Preproce
     elif family != "blocks":
         widths = _transformers_widths(config, len(paths))
         tapped = (_before_downsampling(network, path) for path in paths)
-        facts["stages"] = tuple(Stage(path, width, family) for path, width in zip(tapped, widths, strict=True))
+        facts["stages"] = tuple(
+            Stage(path, width, family, pre_activation(network, path))
+            for path, width in zip(tapped, widths, strict=True)
+        )
         facts["norm"] = norm if family == "NLC" else None
     return ModelInfo(**facts)
 
@@ -146,6 +167,22 @@ def describe_torch(network: nn.Module, name: str, num_classes: int, preprocessin
     facts = _common(network, name, "torch", preprocessing)
     heads = [path for path, module in network.named_modules() if _is_linear(module, num_classes)]
     return ModelInfo(**facts, num_classes=num_classes, head=heads[-1] if heads else None)
+
+
+def pre_activation(network: nn.Module, path: str) -> PreActivation | None:
+    """Where the feature before the last ReLU of the stage `path` is found; None where the stage ends in none."""
+    module = network.get_submodule(path)
+    while (kind := f"{type(module).__module__}.{type(module).__name__}") not in _LAST_ACTIVATION:
+        children = list(module.named_children())
+        in_order = isinstance(module, (nn.Sequential, nn.ModuleList)) or kind in _IN_ORDER
+        if not in_order or not children:
+            return None
+        name, module = children[-1]
+        path = f"{path}.{name}"
+    activation, norm = _LAST_ACTIVATION[kind]
+    if not isinstance(module.get_submodule(activation), (nn.ReLU, nn.ReLU6)):
+        return None
+    return PreActivation(f"{path}.{activation}", norm=f"{path}.{norm}")
 
 
 def _common(network: nn.Module, name: str, library: str, preprocessing: Preprocessing) -> dict[str, Any]:

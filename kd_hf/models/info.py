@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class PreActivation:
+    """The feature before a stage's last ReLU: what module `path` receives ("input") or returns ("output")."""
+
+    path: str
+    side: Literal["input", "output"] = "input"
+    norm: str | None = None  # module of the BatchNorm that scales and shifts it last
 
 
 @dataclass(frozen=True)
@@ -13,6 +23,7 @@ class Stage:
     path: str
     channels: int
     layout: str = "NCHW"  # or "NHWC" (Swin in timm), "NLC" (token sequence with the prefix still on it)
+    preact: PreActivation | None = None  # where the stage ends in a ReLU
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ part           meaning                                                         i
 ``head``       the classifier                                                  [B,C] → [B,K]
 ``after:TAP``  everything behind ``stage:i`` or ``block:i`` up to the final    [B,C,H,W] → [B,C',H',W']
                features (the tap that :func:`final_tap` names)
+``norm:TAP``   the BatchNorm that scales and shifts ``preact:i`` last          not run
 =============  ==============================================================  ======================
 
 Prefix tokens take no part in ``after:block:i``: the blocks see patches only. The parts share the teacher's modules, so
@@ -25,7 +26,7 @@ from kd_hf.models.handle import ModelHandle
 from kd_hf.models.info import ModelInfo
 from kd_hf.models.taps import resolve_tap
 
-HEAD, AFTER = "head", "after:"
+HEAD, AFTER, NORM = "head", "after:", "norm:"
 
 # Networks whose features are one stage (or block) after the other and nothing else: by class for timm, by model_type
 # for transformers. Position biases over the class token (BEiT) or rotary positions handed to each block (EVA-02) make
@@ -78,9 +79,22 @@ def live_part(handle: ModelHandle, part: str) -> nn.Module:
         if handle.info.head is None:
             raise UserError(f"{handle.info.name} has no classifier that could be used apart")
         return handle.network.get_submodule(handle.info.head)
+    if part.startswith(NORM):
+        return _norm(handle, part.removeprefix(NORM))
     if not part.startswith(AFTER):
-        raise UserError(f"part '{part}' does not exist; known: {HEAD}, {AFTER}TAP such as {AFTER}stage:-2")
+        raise UserError(
+            f"part '{part}' does not exist; known: {HEAD}, {AFTER}TAP such as {AFTER}stage:-2, {NORM}preact:-1"
+        )
     return _tail(handle, part.removeprefix(AFTER))
+
+
+def _norm(handle: ModelHandle, tap: str) -> nn.Module:
+    point = resolve_tap(handle.info, tap)
+    caught = (stage.preact for stage in handle.info.stages if stage.preact is not None)
+    norm = next((preact.norm for preact in caught if (preact.path, preact.side) == (point.path, point.side)), None)
+    if norm is None:
+        raise UserError(f"part '{NORM}{tap}': {handle.info.name} has no BatchNorm there; preact:i names one")
+    return handle.network.get_submodule(norm)
 
 
 def _tail(handle: ModelHandle, tap: str) -> Tail:

@@ -4,6 +4,7 @@
 tap              meaning                                                        shape
 ===============  =============================================================  ==========
 ``stage:i``      output of resolution level i, from 1; -1 is the last           [B,C,H,W]
+``preact:i``     the same before its last ReLU, where it ends in one            [B,C,H,W]
 ``block:i``      residual stream after transformer block i, from 0; -1 is last  [B,N,C]
 ``tokens``       final token sequence, prefix tokens first                      [B,N,C]
 ``tokens:cls``   one prefix token of it (also ``tokens:dist``, ``tokens:reg0``) [B,C]
@@ -40,11 +41,12 @@ class Point:
     side: str = "output"  # or "input"
     layout: str = "NLC"
     index: int = 0  # of a token; or how many prefix tokens to drop
+    copied: bool = False  # because a later layer may work in place (BatchNorm, then ReLU)
 
     @property
     def key(self) -> tuple[str, str, bool]:
         """Points with the same key share one hook."""
-        return self.path, self.side, self.form == "raw"
+        return self.path, self.side, self.copied
 
 
 def available_taps(info: ModelInfo) -> tuple[str, ...]:
@@ -52,6 +54,7 @@ def available_taps(info: ModelInfo) -> tuple[str, ...]:
     tokens = ("tokens", *(f"tokens:{name}" for name in info.prefix), "tokens:patch") if info.norm else ()
     return (
         *(f"stage:{index + 1}" for index in range(len(info.stages))),
+        *(f"preact:{index + 1}" for index, stage in enumerate(info.stages) if stage.preact),
         *(f"block:{index}" for index in range(len(info.blocks))),
         *tokens,
         *(("pre_logits",) if info.head else ()),
@@ -80,12 +83,10 @@ def _no_such_tap(info: ModelInfo, tap: str) -> str:
         return f"tap '{tap}': {info.name} has no module '{path}'.{nearest(path, info.modules)}"
     guess = nearest(tap, names)
     guess = guess if guess.startswith(" Did you mean") else ""
-    ranges = [
-        f"{kind}:{first} … {kind}:{first + count - 1}"
-        for kind, first, count in (("stage", 1, len(info.stages)), ("block", 0, len(info.blocks)))
-        if count
-    ]
-    single = [name for name in names if not name.startswith(("stage:", "block:"))]
+    kinds = (("stage", 1, len(info.stages)), ("preact", 1, len(info.stages)), ("block", 0, len(info.blocks)))
+    whole = {kind: (first, count) for kind, first, count in kinds if f"{kind}:{first + count - 1}" in names}
+    ranges = [f"{kind}:{first} … {kind}:{first + count - 1}" for kind, (first, count) in whole.items()]
+    single = [name for name in names if name.partition(":")[0] not in whole]
     return f"tap '{tap}' does not exist in {info.name}.{guess} It has: {', '.join([*ranges, *single])}, module:PATH."
 
 
@@ -95,6 +96,12 @@ def _stage(info: ModelInfo, argument: str) -> Point | None:
         return None
     stage = info.stages[position]
     return Point(stage.path, "map", layout=stage.layout, index=len(info.prefix))
+
+
+def _preact(info: ModelInfo, argument: str) -> Point | None:
+    position = _position(argument, len(info.stages), first=1)
+    found = None if position is None else info.stages[position].preact
+    return Point(found.path, "map", found.side, "NCHW", copied=True) if found else None
 
 
 def _block(info: ModelInfo, argument: str) -> Point | None:
@@ -116,7 +123,7 @@ def _pre_logits(info: ModelInfo, argument: str) -> Point | None:
 
 
 def _module(info: ModelInfo, argument: str) -> Point | None:
-    return Point(argument, "raw") if argument in info.modules else None
+    return Point(argument, "raw", copied=True) if argument in info.modules else None
 
 
 def _position(text: str, count: int, first: int) -> int | None:
@@ -131,6 +138,7 @@ def _position(text: str, count: int, first: int) -> int | None:
 
 _RESOLVERS: Mapping[str, Callable[[ModelInfo, str], Point | None]] = {
     "stage": _stage,
+    "preact": _preact,
     "block": _block,
     "tokens": _tokens,
     "pre_logits": _pre_logits,
@@ -198,9 +206,8 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
         if self.recorder.armed:
             value = output[0] if output else args[0]
-            # the next layer may work in place (BatchNorm, then ReLU); named taps are never followed by such a layer
-            copy = self.key[2] and isinstance(value, Tensor)
-            self.recorder.catch(self.key, value.clone() if copy else value)
+            copied = self.key[2] and isinstance(value, Tensor)
+            self.recorder.catch(self.key, value.clone() if copied else value)
 
 
 class Tapped(nn.Module):

@@ -101,6 +101,8 @@ def test_parts_are_the_teachers_own_modules():
     ("name", "kwargs", "part", "message"),
     [
         ("resnet18", {}, "tail", r"part 'tail' does not exist; known: head, after:TAP"),
+        ("resnet18", {}, "norm:stage:1", r"part 'norm:stage:1': resnet18 has no BatchNorm there"),
+        ("convnext_atto", {}, "norm:preact:1", r"tap 'preact:1' does not exist in convnext_atto"),
         ("resnet18", {}, "after:stage:9", r"tap 'stage:9' does not exist in resnet18"),
         ("resnet18", {}, "after:stage:-1", r"'after:stage:-1' of resnet18: expected a stage or block before"),
         ("resnet18", {}, "after:module:layer3", r"'after:module:layer3' of resnet18: expected a stage"),

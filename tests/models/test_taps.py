@@ -8,6 +8,7 @@ from torch import nn
 from kd_hf.errors import UserError
 from kd_hf.models.handle import describe_torch
 from kd_hf.models.info import Preprocessing
+from kd_hf.models.parts import live_part
 from kd_hf.models.taps import TappedModel, available_taps, check_tap, tap_shapes
 from tests.models.families import (
     TIMM_PLAIN,
@@ -92,6 +93,29 @@ def test_no_later_layer_overwrites_a_stage(name):
         value = outputs.taps[f"stage:{index + 1}"]
         flat = {"NCHW": lambda x: x, "NHWC": lambda x: x.permute(0, 2, 3, 1), "NLC": lambda x: x.flatten(2).mT}
         assert same(flat[stage.layout](value), copies[stage.path])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet18", "test_resnet", "regnety_002", "mobilenetv1_100", "resnet"])
+def test_before_its_last_relu_a_stage_is_signed_and_the_relu_makes_the_stage_of_it(name):
+    """Also where that ReLU works in place, and with the BatchNorm that scales it as a part."""
+    handle = tiny_transformers(name) if name in TRANSFORMERS_PYRAMID else tiny_timm(name)[0]
+    norms = [live_part(handle, f"norm:preact:{index + 1}") for index in range(len(handle.info.stages))]
+    for norm in norms:  # timm starts the last one of a block with weight 0, which leaves the shortcut
+        nn.init.uniform_(norm.weight), nn.init.uniform_(norm.bias, -2, 0)
+    outputs = tapped(handle).train()(images(handle.info.preprocessing.image_size))
+    for index, (stage, norm) in enumerate(zip(handle.info.stages, norms, strict=True)):
+        before, after = (outputs.taps[f"{kind}:{index + 1}"] for kind in ("preact", "stage"))
+        activation = nn.ReLU6() if name == "mobilenetv1_100" else nn.ReLU()
+        assert same(activation(before), after) and (before < 0).any()
+        assert isinstance(norm, nn.BatchNorm2d) and norm.num_features == stage.channels
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_stages_that_end_in_no_relu_have_nothing_before_it(name):
+    info = tiny_timm(name)[0].info
+    with pytest.raises(UserError, match=r"'preact:1' does not exist in .* It has: stage:1 … stage:\d, "):
+        check_tap(info, "preact:1")
 
 
 @pytest.mark.parametrize(
