@@ -23,6 +23,8 @@ CIFAR-100 whole (--crop-pct 1 --mean 0.50707 0.48655 0.44092 --std 0.26733 0.256
     Mixer-S/16                           --arch kd_hf/mixer_b14 --kwargs patch_size=16 embed_dim=512 depth=8
     VkD's students                       --arch kd_hf/conv_stem_deit_tiny, …
     ViDT, also of VkD                    (no --arch: the weights tell its sizes)
+    RepDistiller, mdistiller             --arch kd_hf/resnet56, kd_hf/wrn_40_2, kd_hf/vgg13, kd_hf/resnet50_cifar, …
+                                         (or none, in a folder that is named after it: resnet32x4_vanilla/…)
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def convert_checkpoint(
     Args:
         checkpoint: the file.
         arch: the network, as in a recipe (``resnet50``, ``kd_hf/conv_stem_deit_tiny``); not for ViDT, whose weights
-            tell it.
+            tell it, nor where the checkpoint's folder is named as RepDistiller names it.
         folder: where the model goes; it must not exist, or be empty.
         weights: ``auto`` (the published ones), ``model`` (not averaged) or ``ema`` (averaged).
         num_classes: K; by default as many as the checkpoint's classifier has.
@@ -80,6 +82,7 @@ def convert_checkpoint(
     from kd_hf.conversion.fitting import count_classes, fit_weights, name_weights, turn_to_rgb
     from kd_hf.conversion.layouts import find_student
     from kd_hf.conversion.reading import read_checkpoint
+    from kd_hf.conversion.repdistiller import arch_of_folder
     from kd_hf.conversion.vidt import convert_vidt, is_vidt
     from kd_hf.models.load import load_model
 
@@ -88,8 +91,12 @@ def convert_checkpoint(
     student = find_student(source, weights)
     if is_vidt(frozenset(student.tensors)):
         return convert_vidt(student.tensors, target, str(checkpoint))
+    arch = arch or arch_of_folder(Path(checkpoint))
     if arch is None:
-        raise UserError("--arch: name the network, as in a recipe's student.model; only ViDT's checkpoints tell it")
+        raise UserError(
+            "--arch: name the network, as in a recipe's student.model; only ViDT's checkpoints tell it, and folders "
+            "called as RepDistiller calls them (resnet32x4_vanilla)"
+        )
     options: dict[str, Any] = {"image_size": image_size, "kwargs": kwargs, "preprocessing": preprocessing}
     sketch = load_model(arch, num_classes=num_classes, device="meta", **options)
     named = name_weights(student, sketch)
@@ -178,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="the authors' file (.pth, .pth.tar, .pt, .safetensors)")
-    add("--arch", help="the network, as in a recipe's student.model; not for ViDT")
+    add("--arch", help="the network, as in a recipe's student.model; not for ViDT, nor in RepDistiller's folders")
     add("-o", "--output", required=True, metavar="DIR", help="the model folder to write")
     add("--weights", choices=("auto", "model", "ema"), default="auto", help="published, as trained, or averaged")
     add("--num-classes", type=_positive, help="by default what the checkpoint's classifier has")

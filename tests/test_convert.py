@@ -217,3 +217,47 @@ def test_help_names_the_networks(command):
     assert "--arch kd_hf/shufflenetv2_x1" in said
     assert "--arch kd_hf/resnet18_cifar, kd_hf/resnet34_cifar" in said
     assert said.index("networks:") < said.index("ResNet-50, also of cls_KD")
+
+
+OFFICIAL_RESNET = {"downsample": "shortcut", "fc": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "arch", "names"),
+    [
+        ("resnet56_vanilla", "kd_hf/resnet56", {}),
+        ("wrn_40_2_vanilla", "kd_hf/wrn_40_2", {}),
+        ("vgg13_vanilla", "kd_hf/vgg13", {}),
+        ("ResNet50_vanilla", "kd_hf/resnet50_cifar", OFFICIAL_RESNET),
+        ("ShuffleV1", "kd_hf/shufflenetv1_cifar", {}),
+    ],
+)
+def test_teachers_of_repdistiller(command, folder, arch, names):
+    """Their folder says which network it is."""
+    original = load_model(arch)
+    for name, value in original.network.state_dict().items():
+        if name.endswith("running_mean"):
+            value.normal_()
+    renamed = {".".join(names.get(p, p) for p in key.split(".")): v for key, v in original.network.state_dict().items()}
+    os.mkdir(folder)
+    torch.save({"epoch": 240, "accuracy": torch.tensor(72.34), "model": renamed, "optimizer": {}}, f"{folder}/last.pth")
+    code, said = command(f"{folder}/last.pth", "-o", "out")
+    assert code == 0, said
+    assert f"out: {arch}, 100 classes, weights of the entry 'model'" in said
+    assert torch.equal(reread("out", 32), logits_of(original.network, 32))
+    facts = load_model("out", pretrained=True).info.preprocessing
+    assert (facts.image_size, facts.crop_pct, facts.mean) == (32, 1.0, (0.5071, 0.4867, 0.4408))
+
+
+def test_a_distiller_of_mdistiller(command):
+    """Everything it learned lies in one file, the student among it."""
+    original = build(Official("kd_hf/resnet8", []), classes=100)
+    state = {f"module.student.{name}": value for name, value in original.network.state_dict().items()}
+    state |= {"module.teacher.fc.bias": torch.ones(3), "module.abfs.0.conv1.0.weight": torch.ones(3)}
+    state |= {"module.memory_v1": torch.ones(3)}
+    torch.save({"model": state, "epoch": 3, "best_acc": 60.0}, "student_best")
+    assert "--arch: name the network" in complaint(command, "student_best", "-o", "out")
+    code, said = command("student_best", "--arch", "kd_hf/resnet8", "-o", "out")
+    assert code == 0, said
+    assert "left out: teacher.* (1), abfs.* (1), memory_v1.* (1)" in said
+    assert torch.equal(reread("out", 32), logits_of(original.network, 32))

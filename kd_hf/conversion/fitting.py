@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kd_hf.conversion.layouts import StudentWeights
 from kd_hf.conversion.openmmlab import is_openmmlab, to_timm
 from kd_hf.conversion.reading import enumerate_names
+from kd_hf.conversion.repdistiller import is_repdistiller, our_name
 from kd_hf.errors import UserError
 from kd_hf.models.handle import ModelHandle
 
@@ -16,6 +17,8 @@ Named = list[tuple[str, str, Tensor]]  # name in the file, name in the network, 
 
 def name_weights(student: StudentWeights, handle: ModelHandle) -> Named:
     """Find the network's names for a student's weights; what has no use here is added to `student.left_out`."""
+    if is_repdistiller(student.tensors, handle):
+        return [(name, our_name(name, handle), tensor) for name, tensor in student.tensors.items()]
     if not is_openmmlab(frozenset(student.tensors)):
         return [(name, name, tensor) for name, tensor in student.tensors.items()]
     named = to_timm(student.tensors, handle.network, handle.info)

@@ -32,9 +32,9 @@ LAYOUTS = (
 # OpenMMLab before 1.0 keeps the other copy of ``a.b`` as ``ema_a_b``, swapped as well
 _BUFFER = "ema_"
 _WRAPPERS = ("module.", "_orig_mod.")
-_STUDENT = "student."
+_STUDENT, _TEACHER = "student.", "teacher."
 # what is saved with a student without being part of it
-_COMPANIONS = ("teacher.", "distill_losses.", "data_preprocessor.", "projector.", _BUFFER)
+_COMPANIONS = (_TEACHER, "distill_losses.", "data_preprocessor.", "projector.", _BUFFER)
 _COUNTERS = frozenset({"steps", "n_averaged"})
 _BESIDE_STUDENT = ("linear.",)  # ScaleKD's distiller; only where the student's own names are marked
 
@@ -99,9 +99,13 @@ def _split(entry: str, tensors: Mapping[str, Tensor]) -> StudentWeights:
     bare = {_unwrapped(name): value for name, value in tensors.items()}
     marked = any(name.startswith(_STUDENT) for name in bare)
     companions = (*_COMPANIONS, *_BESIDE_STUDENT) if marked else _COMPANIONS
+    # mdistiller saves its distiller as a whole: what is neither network is learned by a method, under any name
+    distiller = marked and entry == "model" and any(name.startswith(_TEACHER) for name in bare)
     found = StudentWeights(entry)
     for name, value in bare.items():
         other = next((prefix for prefix in companions if name.startswith(prefix)), None)
+        if distiller and not other and not name.startswith(_STUDENT):
+            other = name.partition(".")[0] + "."
         if other or name in _COUNTERS:
             found.left_out[f"{other}*" if other else name] += 1
         elif marked and not name.startswith(_STUDENT):

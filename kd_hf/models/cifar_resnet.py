@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 
 class CifarResNetConfig(PreTrainedConfig):
-    """Sizes of a ResNet with basic blocks.
+    """Sizes of a ResNet.
 
     Args:
-        depths: blocks of each of the four stages: (2, 2, 2, 2) for ResNet-18, (3, 4, 6, 3) for ResNet-34.
+        depths: blocks of each of the four stages: (2, 2, 2, 2) for ResNet-18, (3, 4, 6, 3) for ResNet-34 and -50.
+        bottleneck: blocks of three convolutions, four times as wide (ResNet-50), instead of two.
+        zero_init_last: the last BatchNorm of each block begins with a weight of 0.
         image_size: pixels per side that it is meant for; any size works.
         drop_path_rate: stochastic depth, rising over the blocks.
         kwargs: what every configuration of transformers takes (``num_labels``, ``id2label``, …).
@@ -31,11 +33,15 @@ class CifarResNetConfig(PreTrainedConfig):
         self,
         depths: tuple[int, ...] | list[int] = (2, 2, 2, 2),
         image_size: int = 32,
+        bottleneck: bool = False,
+        zero_init_last: bool = True,
         drop_path_rate: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.depths = list(depths)
         self.image_size = image_size
+        self.bottleneck = bottleneck
+        self.zero_init_last = zero_init_last
         self.drop_path_rate = drop_path_rate
         super().__init__(**kwargs)
 
@@ -44,9 +50,13 @@ class CifarResNet(ResNet):
     """timm's ResNet with another stem, built from a :class:`CifarResNetConfig`."""
 
     def __init__(self, config: CifarResNetConfig) -> None:
-        block: Any = BasicBlock  # timm's annotation means an instance
+        block: Any = Bottleneck if config.bottleneck else BasicBlock  # timm's annotation means an instance
         super().__init__(
-            block, tuple(config.depths), num_classes=config.num_labels or 0, drop_path_rate=config.drop_path_rate
+            block,
+            tuple(config.depths),
+            num_classes=config.num_labels or 0,
+            drop_path_rate=config.drop_path_rate,
+            zero_init_last=config.zero_init_last,
         )
         stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")

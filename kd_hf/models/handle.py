@@ -171,6 +171,8 @@ def describe_torch(network: nn.Module, name: str, num_classes: int, preprocessin
 
 def pre_activation(network: nn.Module, path: str) -> PreActivation | None:
     """Where the feature before the last ReLU of the stage `path` is found; None where the stage ends in none."""
+    if path in (named := _named_ends(network)):
+        return named[path]
     module = network.get_submodule(path)
     while (kind := f"{type(module).__module__}.{type(module).__name__}") not in _LAST_ACTIVATION:
         children = list(module.named_children())
@@ -210,6 +212,16 @@ def _is_linear(module: nn.Module, outputs: int) -> bool:
 
 
 # timm
+
+
+def _named_ends(network: nn.Module) -> dict[str, PreActivation | None]:
+    """Where each stage is before its last ReLU, on networks that say so themselves."""
+    features: Any = getattr(network, "feature_info", None) or []
+    return {
+        entry["module"]: PreActivation(entry["act"], "input", entry["norm"]) if entry["act"] else None
+        for entry in getattr(features, "info", features)
+        if "act" in entry
+    }
 
 
 def _timm_levels(network: nn.Module, modules: tuple[str, ...]) -> list[tuple[str, int, float]]:

@@ -366,6 +366,8 @@ def _load_own(request: Request, source: Source) -> ModelHandle:
     if request.weights and source.folder is not None:
         read_weights(network, source.folder)
     native = processor_preprocessing(processor_values(source.folder), config)
+    if source.student:
+        native = replace(source.student.preprocessing, image_size=native.image_size)
     if "image_size" in values:
         native = replace(native, image_size=values["image_size"])
     info = describe_timm(network, request.model, overridden(native, request))

@@ -13,10 +13,22 @@ name                       network                                              
 ``resnet18_cifar``         cls_KD: ResNet with a 3×3 stem and no max-pooling, for 32 pixels        brings its code
 ``resnet34_cifar``
 ``shufflenetv2_x1``        cls_KD: torchvision's ShuffleNetV2 1×                                  brings its code
+``resnet8``, 14, 20, 32,   RepDistiller and mdistiller: ResNet of 6n + 2 layers in three stages,  brings its code
+44, 56, 110                for CIFAR
+``resnet8x4``, ``32x4``    the same, four times as wide behind a stem twice as wide               brings its code
+``wrn_16_1``, ``16_2``,    RepDistiller and mdistiller: Wide ResNet (layers, width), for CIFAR    brings its code
+``40_1``, ``40_2``
+``vgg8``, 11, 13, 16, 19   RepDistiller and mdistiller: VGG with BatchNorm, for CIFAR             brings its code
+``mobilenetv2_half``       RepDistiller and mdistiller: MobileNetV2 with half the channels and    brings its code
+                           ReLU, for CIFAR
+``shufflenetv1_cifar``     RepDistiller and mdistiller: ShuffleNet with three groups, and         brings its code
+``shufflenetv2_cifar``     ShuffleNetV2 1×, for CIFAR
+``resnet50_cifar``         mdistiller: as ``resnet18_cifar``, but without zeros at the start (its brings its code
+                           ResNet-18 and -34 are those above with ``zero_init_last: false``)
 =========================  =====================================================================  ==================
 
-All of them see ImageNet's mean and std, and those for ImageNet are evaluated on the central 224 of 256 pixels, as their
-papers do. A stock
+Those of RepDistiller and mdistiller see CIFAR-100's mean and std and whole images of 32 pixels. All others see
+ImageNet's, and those for ImageNet are evaluated on the central 224 of 256 pixels, as their papers do. A stock
 network is one of timm's with the arguments below, so timm and transformers load its artefact as it is. The others are
 written in one file each that is copied into the artefact; transformers runs it there when told to
 (``trust_remote_code=True``), while :func:`kd_hf.models.load.load_model` knows the network and needs no such leave.
@@ -24,7 +36,7 @@ written in one file each that is copied into the artefact; transformers runs it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kd_hf.errors import UserError, nearest
+from kd_hf.models.info import Preprocessing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -57,6 +70,7 @@ class Student:
     architecture: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     initialise: Callable[[nn.Module], None] | None = None  # where the architecture's own initial weights are not meant
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
 
 def _conv_stem_deit() -> Own:
@@ -92,12 +106,54 @@ def _shufflenetv2() -> Own:
     return Own(ShuffleNetV2Config, ShuffleNetV2ForImageClassification, ShuffleNet)
 
 
+def _three_stage_resnet() -> Own:
+    from kd_hf.models import three_stage_resnet as file
+
+    return Own(file.ThreeStageResNetConfig, file.ThreeStageResNetForImageClassification, file.ThreeStageResNet)
+
+
+def _wide_resnet() -> Own:
+    from kd_hf.models import wide_resnet as file
+
+    return Own(file.WideResNetConfig, file.WideResNetForImageClassification, file.WideResNet)
+
+
+def _small_vgg() -> Own:
+    from kd_hf.models import small_vgg as file
+
+    return Own(file.SmallVggConfig, file.SmallVggForImageClassification, file.SmallVgg)
+
+
+def _small_mobilenetv2() -> Own:
+    from kd_hf.models import small_mobilenetv2 as file
+
+    return Own(file.SmallMobileNetV2Config, file.SmallMobileNetV2ForImageClassification, file.SmallMobileNetV2)
+
+
+def _small_shufflenetv1() -> Own:
+    from kd_hf.models import small_shufflenetv1 as file
+
+    return Own(file.SmallShuffleNetV1Config, file.SmallShuffleNetV1ForImageClassification, file.SmallShuffleNetV1)
+
+
+def _small_shufflenetv2() -> Own:
+    from kd_hf.models import small_shufflenetv2 as file
+
+    return Own(file.SmallShuffleNetV2Config, file.SmallShuffleNetV2ForImageClassification, file.SmallShuffleNetV2)
+
+
 # by model_type
 OWN: Mapping[str, Callable[[], Own]] = {
     "kd_hf_conv_stem_deit": _conv_stem_deit,
     "kd_hf_mlp_mixer": _mlp_mixer,
     "kd_hf_cifar_resnet": _cifar_resnet,
     "kd_hf_shufflenetv2": _shufflenetv2,
+    "kd_hf_three_stage_resnet": _three_stage_resnet,
+    "kd_hf_wide_resnet": _wide_resnet,
+    "kd_hf_small_vgg": _small_vgg,
+    "kd_hf_small_mobilenetv2": _small_mobilenetv2,
+    "kd_hf_small_shufflenetv1": _small_shufflenetv1,
+    "kd_hf_small_shufflenetv2": _small_shufflenetv2,
 }
 _CONV_STEM = partial(Student, LIBRARY, "kd_hf_conv_stem_deit")
 _GAP = {"class_token": False, "global_pool": "avg"}
@@ -113,7 +169,36 @@ _PLAIN_EVA = {
     "use_fc_norm": True,
     "num_classes": 1000,
 }
+CIFAR = Preprocessing(32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), "bicubic", 1.0)
+CIFAR_CLASSES = 100
+
+
+def _cifar(model_type: str, **arguments: Any) -> Student:
+    """A network of RepDistiller and mdistiller."""
+    return Student(LIBRARY, model_type, {**arguments, "num_labels": CIFAR_CLASSES}, preprocessing=CIFAR)
+
+
+def _cifar_networks() -> Iterator[tuple[str, Student]]:
+    """RepDistiller's and mdistiller's networks by name."""
+    resnet = partial(_cifar, "kd_hf_three_stage_resnet")
+    for layers in (8, 14, 20, 32, 44, 56, 110):
+        yield f"resnet{layers}", resnet(depths=[(layers - 2) // 6] * 3, widths=[16, 16, 32, 64])
+    for layers in (8, 32):
+        yield f"resnet{layers}x4", resnet(depths=[(layers - 2) // 6] * 3, widths=[32, 64, 128, 256])
+    for layers, width in ((16, 1), (16, 2), (40, 1), (40, 2)):
+        sizes = {"depths": [(layers - 4) // 6] * 3, "widths": [16, 16 * width, 32 * width, 64 * width]}
+        yield f"wrn_{layers}_{width}", _cifar("kd_hf_wide_resnet", **sizes)
+    for layers, depths in {8: "11111", 11: "11222", 13: "22222", 16: "22333", 19: "22444"}.items():
+        yield f"vgg{layers}", _cifar("kd_hf_small_vgg", depths=[int(depth) for depth in depths])
+    yield "mobilenetv2_half", _cifar("kd_hf_small_mobilenetv2", width=0.5)
+    yield "shufflenetv1_cifar", _cifar("kd_hf_small_shufflenetv1")
+    yield "shufflenetv2_cifar", _cifar("kd_hf_small_shufflenetv2")
+    bottlenecks = {"depths": [3, 4, 6, 3], "bottleneck": True, "zero_init_last": False}
+    yield "resnet50_cifar", _cifar("kd_hf_cifar_resnet", **bottlenecks)
+
+
 STUDENTS: Mapping[str, Student] = {
+    **dict(_cifar_networks()),
     "conv_stem_deit_tiny": _CONV_STEM({"embed_dim": 192, "num_heads": 3, "num_labels": 1000}),
     "conv_stem_deit_small": _CONV_STEM({"embed_dim": 384, "num_heads": 6, "num_labels": 1000}),
     "conv_stem_deit_base": _CONV_STEM({"embed_dim": 768, "num_heads": 12, "num_labels": 1000}),
@@ -159,8 +244,11 @@ def read_weights(network: nn.Module, folder: Path) -> None:
         for path in sorted(folder.glob("model*.safetensors"))
         for key, value in load_file(path).items()
     }
+    facts: Any = network.pretrained_cfg
+    classifier = facts["classifier"]
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     for key, value in network.state_dict().items():
-        if key.startswith(("head", "fc")) and key in weights and weights[key].shape != value.shape:
+        if key.rpartition(".")[0] in heads and key in weights and weights[key].shape != value.shape:
             weights[key] = value
     network.load_state_dict(weights)
 

@@ -29,8 +29,19 @@ TINY = {
     "vit_base_patch14_gap": (SMALL, 42),
     "resnet18_cifar": ({"depths": [1, 1, 1, 1]}, 16),
     "shufflenetv2_x1": ({"depths": [1, 1, 1]}, 64),
+    "resnet8": ({"widths": [4, 4, 8, 8]}, 16),
+    "wrn_16_2": ({"depths": [1, 1, 2], "widths": [4, 4, 8, 8]}, 16),
+    "vgg13": ({"widths": [4] * 5}, 64),
+    "mobilenetv2_half": ({"width": 0.25}, 32),
+    "shufflenetv1_cifar": ({"depths": [1, 2, 1], "widths": [12, 24, 48, 96]}, 32),
+    "shufflenetv2_cifar": ({"depths": [1, 2, 1], "widths": [6, 8, 16, 32, 64]}, 32),
+    "resnet50_cifar": ({"depths": [1, 1, 1, 1]}, 16),
 }
-OWN = ("conv_stem_deit_tiny", "mixer_b14", "resnet18_cifar", "shufflenetv2_x1")
+STOCK = ("mobilenetv1_relu", "vit_small_patch16_gap", "vit_base_patch14_gap")
+OWN = tuple(name for name in TINY if name not in STOCK)
+# for images of any size, without stochastic depth
+CONVOLUTIONAL = tuple(name for name in OWN if name not in ("conv_stem_deit_tiny", "mixer_b14"))
+NO_DROP_PATH = tuple(name for name in CONVOLUTIONAL if not name.endswith(("18_cifar", "50_cifar")))
 
 
 def tiny(name, **more):
@@ -75,6 +86,10 @@ def test_every_tap_fires_on_meta(name):
     shapes = tap_shapes(TappedModel(handle, handle.info, taps), 224)
     assert shapes.keys() == set(taps) and handle.info.num_classes == 7
     facts = handle.info.preprocessing
+    if facts.crop_pct == 1:  # RepDistiller's
+        assert (facts.mean, facts.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+        assert (facts.image_size, facts.interpolation) == (32, "bicubic")
+        return
     assert (facts.mean, facts.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     size = 32 if name.endswith("_cifar") else 224
     assert (facts.image_size, facts.crop_pct, facts.interpolation) == (size, 0.875, "bicubic")
@@ -349,7 +364,7 @@ def test_load_model_reads_it_back_without_running_its_code(artefacts, name):
 @pytest.mark.parametrize("name", OWN)
 def test_an_artefact_starts_another_training(artefacts, name):
     root, made = artefacts
-    drop_path = None if name == "shufflenetv2_x1" else 0.2  # it has none
+    drop_path = None if name in NO_DROP_PATH else 0.2
     old, new = made[name][0].network, load_model(str(root / name), pretrained=True, num_classes=3, drop_path=drop_path)
     assert new.info.num_classes == 3 and new.label_names == ()
     assert new.network.get_submodule(new.info.head).weight.shape[0] == 3
@@ -357,10 +372,10 @@ def test_an_artefact_starts_another_training(artefacts, name):
     assert all(
         torch.equal(weights[key], value)
         for key, value in old.state_dict().items()
-        if not key.startswith(("head", "fc"))
+        if not key.startswith(("head", "fc", "linear", "classifier"))
     )
     assert any(isinstance(module, DropPath) for module in new.network.modules()) == bool(drop_path)
-    if name not in ("resnet18_cifar", "shufflenetv2_x1"):  # a network of one size
+    if name not in CONVOLUTIONAL:  # a network of one size
         with pytest.raises(UserError, match="cannot be built: RuntimeError"):
             load_model(str(root / name), pretrained=True, image_size=112)
 
@@ -407,7 +422,7 @@ def test_code_of_others_runs_only_with_leave(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ({"model": "kd_hf/mixer_b16"}, "kd_hf has no network 'mixer_b16'. Did you mean 'mixer_b14'?"),
-        ({"model": "kd_hf/resnet9000"}, "kd_hf has no network 'resnet9000'. Known: conv_stem_deit_base, "),
+        ({"model": "kd_hf/resnet9000"}, "kd_hf has no network 'resnet9000'. Did you mean 'resnet20'?"),
         ({"model": "kd_hf/mixer_b14", "pretrained": True}, "is a random network of that type"),
         ({"model": "kd_hf/mixer_b14", "kwargs": {"patchsize": 7}}, "kwargs.patchsize: .* Did you mean 'patch_size'?"),
         ({"model": "kd_hf/mixer_b14", "image_size": 225}, "image_size 225 is no multiple of patch_size 14"),
