@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_hf.compat import save_timm_config
 from kd_hf.files import atomic_folder
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.quiet import quiet_transformers
@@ -72,8 +73,6 @@ def save_student(
 
 
 def _write_timm(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
-    from timm.models._hub import save_config_for_hf
-
     facts = handle.info.preprocessing
     data = {
         "input_size": (3, facts.image_size, facts.image_size),
@@ -84,7 +83,7 @@ def _write_timm(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -
         "crop_mode": facts.crop_mode,
     }
     path = folder / "config.json"
-    save_config_for_hf(handle.network, str(path), model_config=_timm_labels(handle), data_config=data)
+    save_timm_config(handle.network, path, _timm_labels(handle), data, handle.origin.kwargs)
     config = json.loads(path.read_text(encoding="utf-8"))
     # transformers' timm wrapper passes num_classes itself and fails on a second one; the root key serves both
     config.get("model_args", {}).pop("num_classes", None)

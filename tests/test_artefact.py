@@ -33,8 +33,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-for folder in sorted(Path(sys.argv[2]).iterdir()):
-    pixels = load_file(folder / "pixels.safetensors")["pixels"]
+for folder in sorted(Path(sys.argv[2], "students").iterdir()):
+    pixels = load_file(f"pixels/{folder.name}.safetensors")["pixels"]
     with torch.no_grad():
         if sys.argv[1] == "timm":
             import timm
@@ -49,7 +49,7 @@ for folder in sorted(Path(sys.argv[2]).iterdir()):
             prepared = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
             assert prepared.shape[2:] == pixels.shape[2:], prepared.shape
             logits = model(pixels).logits
-    save_file({"logits": logits.contiguous()}, folder / f"{sys.argv[1]}.safetensors")
+    save_file({"logits": logits.contiguous()}, f"by_{sys.argv[1]}/{folder.name}.safetensors")
 assert "kd_hf" not in sys.modules
 """
 
@@ -84,11 +84,13 @@ def artefacts(tmp_path_factory):
     for key in STUDENTS:
         handle = build(key)
         pixels = pixels_for(handle)
-        save_student(handle, root / key)
-        save_file({"pixels": pixels}, root / key / "pixels.safetensors")
+        save_student(handle, root / "students" / key)
+        (root / "pixels").mkdir(exist_ok=True)
+        save_file({"pixels": pixels}, root / "pixels" / f"{key}.safetensors")
         expected[key] = (handle, pixels, logits_of(handle, pixels))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for library in ("timm", "transformers"):
+        (root / f"by_{library}").mkdir()
         command = [sys.executable, "-c", textwrap.dedent(READER), library, str(root)]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -98,20 +100,20 @@ def artefacts(tmp_path_factory):
 @pytest.mark.parametrize("key", [key for key in STUDENTS if not key.startswith("hf-")])
 def test_timm_reads_the_artefact_to_the_bit(artefacts, key):
     root, expected = artefacts
-    assert torch.equal(load_file(root / key / "timm.safetensors")["logits"], expected[key][2])
+    assert torch.equal(load_file(root / "by_timm" / f"{key}.safetensors")["logits"], expected[key][2])
 
 
 @pytest.mark.parametrize("key", STUDENTS)
 def test_transformers_reads_the_artefact_to_the_bit(artefacts, key):
     root, expected = artefacts
-    assert torch.equal(load_file(root / key / "transformers.safetensors")["logits"], expected[key][2])
+    assert torch.equal(load_file(root / "by_transformers" / f"{key}.safetensors")["logits"], expected[key][2])
 
 
 @pytest.mark.parametrize("key", STUDENTS)
 def test_load_model_reads_it_back(artefacts, key):
     root, expected = artefacts
     made, pixels, logits = expected[key]
-    handle = load_model(str(root / key), pretrained=True)
+    handle = load_model(str(root / "students" / key), pretrained=True)
     assert torch.equal(logits_of(handle, pixels), logits)
     assert handle.info.preprocessing == made.info.preprocessing
     assert handle.label_names == NAMES
@@ -124,7 +126,7 @@ def test_load_model_reads_it_back(artefacts, key):
 
 def test_the_timm_folder(artefacts):
     root, expected = artefacts
-    config = json.loads((root / "vit" / "config.json").read_text())
+    config = json.loads((root / "students" / "vit" / "config.json").read_text())
     assert config["architecture"] == "vit_tiny_patch16_224" and config["num_classes"] == 5
     assert "num_classes" not in config["model_args"]
     assert config["model_args"]["depth"] == 3 and config["model_args"]["img_size"] == [32, 32]
@@ -133,10 +135,10 @@ def test_the_timm_folder(artefacts):
     assert config["pretrained_cfg"]["mean"] == list(facts.mean)
     assert config["pretrained_cfg"]["crop_pct"] == facts.crop_pct
     assert config["label_names"] == list(NAMES) and config["label_descriptions"]["bee"] == "bee"
-    with safe_open(root / "vit" / "model.safetensors", "pt") as file:
+    with safe_open(root / "students" / "vit" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(expected["vit"][0].network.state_dict())
-    assert not list((root / "vit").glob("*.bin"))
+    assert not list((root / "students" / "vit").glob("*.bin"))
 
 
 def test_safetensors_are_aligned_and_read_by_the_library(tmp_path):

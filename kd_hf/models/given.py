@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kd_hf.compat import timm_image_size
 from kd_hf.errors import UserError
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm, describe_torch, describe_transformers
 from kd_hf.models.info import ModelInfo, Preprocessing
@@ -114,11 +115,10 @@ def timm_facts(network: nn.Module) -> dict[str, Any]:
 def timm_preprocessing(network: nn.Module) -> Preprocessing:
     """What timm would show the network."""
     from timm.data import resolve_model_data_config
-    from timm.models import get_model_input_config
 
     data = resolve_model_data_config(network)
     return Preprocessing(
-        image_size=get_model_input_config(network)["input_size"][-1],
+        image_size=timm_image_size(network),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation=data["interpolation"],

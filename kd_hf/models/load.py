@@ -317,7 +317,7 @@ def _load_timm(request: Request, source: Source) -> ModelHandle:
         source.student.initialise(network)
     native = timm_preprocessing(network)
     info = replace(describe_timm(network, request.model, overridden(native, request)), native=native)
-    origin = origin_of(request, source, arguments)
+    origin = origin_of(request, source, {**source.config.get("model_args", {}), **arguments})
     return ModelHandle(network, info, origin, _timm_label_names(network, request, source))
 
 

@@ -435,4 +435,4 @@ def test_a_student_follows_its_teacher():
         loss.backward()
         optimiser.step()
         history.append(loss.item())
-    assert history[-1] < 0.6 * history[0]
+    assert history[-1] < 0.75 * history[0]
