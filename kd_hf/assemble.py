@@ -104,9 +104,10 @@ def assemble(
         shapes[name] = _shapes(tapped_teachers[name], handle.info, blocks[name], recipe)
         needed = {part for choice in choices if choice.teacher == name for part in choice.needs.parts}
         parts[name] = {part: live_part(handle, part) for part in sorted(needed)}
+    own = {part: live_part(student, part) for choice in choices for part in choice.needs.student_parts}
     torch.manual_seed(hash_key(seed, "methods") & 0x7FFFFFFFFFFFFFFF)
     with torch.device(device):
-        methods = build_methods(choices, shapes["student"], shapes, parts)
+        methods = build_methods(choices, shapes["student"], shapes, parts, own)
     if recipe.train.activation_checkpointing:
         enable_checkpointing(student.network)
     module = DistillModule(tapped, methods, choices)
@@ -142,7 +143,8 @@ def load_network(
 
 
 def _shapes(model: Tapped, info: ModelInfo, cfg: ModelConfig, recipe: Recipe) -> Shapes:
-    return Shapes(info.num_classes, task_of(recipe).tap_shapes(model, recipe, view_of(info, cfg, recipe).image_size))
+    taps = task_of(recipe).tap_shapes(model, recipe, view_of(info, cfg, recipe).image_size)
+    return Shapes(info.num_classes, taps, info.width)
 
 
 def teacher_recipes(recipe: Recipe, stored: bool = False) -> dict[str, Recipe]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from kd_hf.balance import Duration, Ramp, Weight, weight_at
@@ -14,7 +16,7 @@ from kd_hf.data.draws import Draws
 from kd_hf.data.mix import is_mixing
 from kd_hf.errors import UserError, nearest
 from kd_hf.methods import get_method
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Target
+from kd_hf.methods.base import OF_STUDENT, Method, MethodConfig, Moment, Needs, Outputs, Target
 from kd_hf.models.info import ModelInfo, Shapes
 from kd_hf.models.taps import Tapped
 from kd_hf.task import task_of
@@ -128,10 +130,12 @@ class DistillModule(nn.Module):
         """Whether some steps leave parameters without gradient: every loss on the student's own outputs can be off."""
         return TASK not in self.choices or any(choice.may_pause for choice in self.choices.values())
 
-    def draw(self, draws: Draws, active: Collection[str] | None = None) -> dict[str, Mapping[str, Tensor]]:
-        """Random tensors of every active method for a batch, by block name; of all by default."""
-        wanted = self.choices if active is None else active
-        return {name: method.draw(draws) for name, method in self.named_methods() if name in wanted}
+    def draw(
+        self, draws: Draws, moment: Moment, active: Collection[str] | None = None
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """Random tensors and scheduled numbers of every active method for a batch, by block name; of all by default."""
+        chosen = self.choices if active is None else active
+        return {name: drawn(method, draws, moment) for name, method in self.named_methods() if name in chosen}
 
     def forward(
         self,
@@ -169,6 +173,14 @@ class DistillModule(nn.Module):
         return list(cast("dict[str, Method]", self.methods).items())
 
 
+def drawn(method: Method, draws: Draws, moment: Moment) -> dict[str, Tensor]:
+    """What a method's `forward` is given beside outputs and labels."""
+    device = draws.keys.device
+    # filled on the device: a tensor made of a number would be copied there, and waited for
+    scheduled = {name: torch.full((), value, device=device) for name, value in method.scheduled(moment).items()}
+    return {**method.draw(draws), **scheduled}
+
+
 def by_role(outputs: Outputs, roles: Mapping[str, str]) -> Outputs:
     """The same outputs with the taps a method asked for, under the method's own names."""
     return replace(outputs, taps={role: outputs.taps[tap] for role, tap in roles.items()})
@@ -190,6 +202,7 @@ def build_methods(
     student: Shapes,
     teachers: Mapping[str, Shapes],
     parts: Mapping[str, Mapping[str, nn.Module]],
+    student_parts: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> dict[str, Method]:
     """Build the chosen methods from the shapes of their taps.
 
@@ -198,15 +211,17 @@ def build_methods(
         student: shapes keyed by tap name.
         teachers: shapes keyed by tap name, by teacher.
         parts: live teacher modules by part name, by teacher.
+        student_parts: live modules of the student by part name.
     """
     built = {}
     for choice in choices:
         seen = _shapes_by_role(student, choice.needs.student)
         taught = _shapes_by_role(teachers[choice.teacher], choice.needs.teacher) if choice.teacher else None
         live = {part: parts[choice.teacher][part] for part in choice.needs.parts} if choice.teacher else {}
+        live |= {f"{OF_STUDENT}{part}": student_parts[part] for part in choice.needs.student_parts}
         built[choice.name] = choice.method(choice.config, seen, taught, live)
     return built
 
 
 def _shapes_by_role(shapes: Shapes, roles: Mapping[str, str]) -> Shapes:
-    return Shapes(shapes.num_classes, {role: shapes.taps[tap] for role, tap in roles.items()})
+    return replace(shapes, taps={role: shapes.taps[tap] for role, tap in roles.items()})

@@ -14,7 +14,7 @@ from kd_hf.assemble import Assembly
 from kd_hf.data.draws import Draws
 from kd_hf.data.order import Layout
 from kd_hf.distill import DistillModule, taps_of
-from kd_hf.methods.base import Outputs
+from kd_hf.methods.base import Moment, Outputs
 from kd_hf.runtime import seed_networks
 from kd_hf.store.reader import Reader
 from kd_hf.task import task_of
@@ -52,6 +52,7 @@ class Feed:
         stored: outputs of other teachers, by name.
         module: draws random numbers for its methods.
         active: the losses that count at an optimiser step.
+        moment: where the run stands at an optimiser step.
         accumulation: micro batches of a step.
         start_step: the step of the first batch.
         seed: of the run.
@@ -67,6 +68,7 @@ class Feed:
         teachers: Mapping[str, Teacher],
         module: DistillModule,
         active: Callable[[int], tuple[str, ...]],
+        moment: Callable[[int], Moment],
         *,
         stored: Mapping[str, Reader] | None = None,
         accumulation: int,
@@ -76,7 +78,8 @@ class Feed:
         device: torch.device,
         ahead: int | None = None,
     ) -> None:
-        self.batches, self.stage, self.teachers, self.module, self.active = batches, stage, teachers, module, active
+        self.batches, self.stage, self.teachers, self.module = batches, stage, teachers, module
+        self.active, self.moment = active, moment
         self.accumulation, self.seed, self.rank, self.device = accumulation, seed, rank, device
         self.stored = stored or {}
         self.count = start_step * accumulation
@@ -118,7 +121,7 @@ class Feed:
             taught = {name: teacher(views[name], whole=name in whole) for name, teacher in live.items()}
             told = {name: reader for name, reader in self.stored.items() if name in read}
             taught |= {name: reader(number, keys, self.device) for name, reader in told.items()}
-            draws = self.module.draw(Draws(batch.key), active)
+            draws = self.module.draw(Draws(batch.key), self.moment(step), active)
         return Lesson(views["student"], taught, target, draws, active, batch.corrupt)
 
 
@@ -159,6 +162,7 @@ def open_feed(
         teachers,
         parts.module,
         active,
+        lambda step: Moment(step, total_steps, steps_per_epoch),
         stored={
             name: teacher.reader(layout, steps_per_epoch, taps_of(parts.choices, name))
             for name, teacher in parts.stored.items()

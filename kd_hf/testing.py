@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from kd_hf.data.draws import Draws, hash_key
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target
-from kd_hf.models.info import ModelInfo, Preprocessing, Shapes, Stage
-from kd_hf.models.parts import AFTER, HEAD
+from kd_hf.methods.base import OF_STUDENT, Method, MethodConfig, Moment, Needs, Outputs, Reference, Target
+from kd_hf.models.info import ModelInfo, PreActivation, Preprocessing, Shapes, Stage
+from kd_hf.models.parts import AFTER, HEAD, NORM
 
 CLASSES, BATCH, GRID = 11, 6, 4
 
@@ -26,9 +26,13 @@ CLASSES, BATCH, GRID = 11, 6, 4
 def tiny_stages(name: str, widths: Sequence[int] = (6, 8, 10, 12), layout: str = "NCHW") -> ModelInfo:
     """The facts of a network with one stage per width (a CNN, or Swin with ``layout="NHWC"``).
 
-    The last map is ``GRID × GRID``, each earlier one twice as large.
+    The last map is ``GRID × GRID``, each earlier one twice as large. Stages of a CNN end in BatchNorm and ReLU.
     """
-    stages = tuple(Stage(f"layer{i + 1}", width, layout) for i, width in enumerate(widths))
+    relu = (PreActivation(f"layer{i + 1}.act", norm=f"layer{i + 1}.bn") for i in range(len(widths)))
+    ends = relu if layout == "NCHW" else [None] * len(widths)
+    stages = tuple(
+        Stage(f"layer{i + 1}", width, layout, end) for i, (width, end) in enumerate(zip(widths, ends, strict=True))
+    )
     return ModelInfo(name, "torch", CLASSES, Preprocessing(), stages=stages, head="fc")
 
 
@@ -67,7 +71,7 @@ def tap_shape(info: ModelInfo, tap: str) -> tuple[int, ...]:
     kind, _, index = tap.partition(":")
     width = info.stages[-1].channels if info.stages else 12
     tokens = GRID * GRID + (0 if index == "patch" else len(info.prefix))
-    if kind == "stage":
+    if kind in ("stage", "preact"):
         position = int(index) - 1 if int(index) > 0 else len(info.stages) + int(index)
         size = GRID * 2 ** (len(info.stages) - 1 - position)
         return (info.stages[position].channels, size, size)
@@ -115,13 +119,17 @@ class _Batch:
         return fresh
 
 
-def _made_up_part(teacher: ModelInfo, name: str) -> nn.Module:
-    """A layer with the shapes of a teacher's part: a classifier, or a convolution from a tap to the final features."""
+def _made_up_part(info: ModelInfo, name: str) -> nn.Module:
+    """A layer with the shapes of a network's part: a classifier, a norm, or a convolution to the final features."""
     if name == HEAD:
-        return nn.Linear(tap_shape(teacher, "pre_logits")[0], teacher.num_classes)
-    entry = tap_shape(teacher, name.removeprefix(AFTER))
+        return nn.Linear(tap_shape(info, "pre_logits")[0], info.num_classes)
+    if name.startswith(NORM):
+        norm = nn.BatchNorm2d(tap_shape(info, name.removeprefix(NORM))[0])
+        nn.init.uniform_(norm.weight, -1, 1), nn.init.uniform_(norm.bias, -1, 1)
+        return norm
+    entry = tap_shape(info, name.removeprefix(AFTER))
     stride = entry[1] // GRID if len(entry) == 3 else 1
-    return nn.Conv2d(entry[0] if len(entry) == 3 else entry[1], teacher.stages[-1].channels, stride, stride)
+    return nn.Conv2d(entry[0] if len(entry) == 3 else entry[1], info.stages[-1].channels, stride, stride)
 
 
 def _tensors(outputs: Outputs | None) -> dict[str, Tensor]:
@@ -149,32 +157,30 @@ class _Case:
         student, teacher = infos
         self.student = self._shapes(student, self.needs.student, "student", shapes)
         self.teacher = self._shapes(teacher, self.needs.teacher, "teacher", shapes) if teacher else None
-        self.parts = {name: self._part(name, teacher, parts) for name in self.needs.parts}
+        self.parts = {name: self._part(name, teacher, parts).requires_grad_(False).eval() for name in self.needs.parts}
+        self.own_parts = {f"{OF_STUDENT}{part}": _made_up_part(student, part) for part in self.needs.student_parts}
         self.dist_head = self.needs.dist_head
 
     @staticmethod
     def _shapes(info: ModelInfo, roles: Mapping[str, str], side: str, given: Mapping[str, tuple[int, ...]]) -> Shapes:
         taps = {role: given.get(f"{side}.{role}") or tap_shape(info, tap) for role, tap in roles.items()}
-        return Shapes(info.num_classes, taps)
+        return Shapes(info.num_classes, taps, info.width)
 
     @staticmethod
     def _part(name: str, teacher: ModelInfo | None, given: Mapping[str, nn.Module]) -> nn.Module:
         if name in given:
-            part = given[name]
-        else:
-            known = teacher is not None and (name == HEAD or name.startswith(AFTER))
-            assert known and teacher is not None, f"give the teacher's part '{name}' in `parts`"
-            part = _made_up_part(teacher, name)
-        return part.requires_grad_(False).eval()
+            return given[name]
+        known = teacher is not None and (name == HEAD or name.startswith((AFTER, NORM)))
+        assert known and teacher is not None, f"give the teacher's part '{name}' in `parts`"
+        return _made_up_part(teacher, name)
 
     def build(self, dtype: torch.dtype = torch.float64) -> Method:
         """A fresh instance with reproducible weights, in train mode."""
+        for part in (*self.parts.values(), *self.own_parts.values()):
+            part.to(dtype).zero_grad()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            built = self.method(self.cfg, self.student, self.teacher, self.parts).to(dtype)
-        for part in self.parts.values():
-            part.to(dtype)
-        return built
+            return self.method(self.cfg, self.student, self.teacher, self.parts | self.own_parts).to(dtype)
 
     def batch(self, kind: str) -> _Batch:
         """Random inputs of `BATCH` samples; `kind` of labels: hard, soft or missing (one sample has none)."""
@@ -208,8 +214,13 @@ def _labels(kind: str, classes: int, draws: Draws) -> Target:
 
 
 def _run(built: Method, batch: _Batch) -> dict[str, Tensor]:
-    draws = built.draw(Draws(batch.keys))
-    return built(batch.student, batch.teacher, batch.target, draws)
+    return built(batch.student, batch.teacher, batch.target, _drawn(built, batch))
+
+
+def _drawn(built: Method, batch: _Batch) -> dict[str, Tensor]:
+    """Draws for the batch, and scheduled numbers as in the middle of a run."""
+    scheduled = {name: torch.tensor(value) for name, value in built.scheduled(Moment(15, 30, 10)).items()}
+    return {**built.draw(Draws(batch.keys)), **scheduled}
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:
@@ -227,8 +238,8 @@ def check_method(
     """Assert that a method keeps the contract of :class:`kd_hf.methods.base.Method`, on tiny random tensors.
 
     Checked: options and their refusal, names and finiteness of losses, gradients (all own parameters and declared
-    student tensors, never the teacher's), logits that are read undeclared, draws as the only randomness, the mean
-    over halves of a batch (unless `batch_coupled`), samples without label, bfloat16, saving and loading.
+    student tensors and parts, never the teacher's), logits that are read undeclared, draws as the only randomness,
+    the mean over halves of a batch (unless `batch_coupled`), samples without label, bfloat16, saving and loading.
 
     Args:
         method: the class.
@@ -237,7 +248,7 @@ def check_method(
             pair must suit.
         teacher: facts of a teacher, for `student`.
         shapes: shapes without the batch of taps that facts do not tell, as ``"student.<role>"``, ``"teacher.<role>"``.
-        parts: live teacher modules by part name; "head" and "after:…" are made up when missing.
+        parts: live teacher modules by part name; "head", "after:…" and "norm:…" are made up when missing.
 
     Raises:
         AssertionError: naming what is violated.
@@ -297,10 +308,14 @@ def _check_losses(case: _Case, batch: _Batch) -> None:
 def _check_gradients(case: _Case, batch: _Batch) -> None:
     built, batch = case.build(), batch.leaves()
     registered = {id(tensor) for tensor in (*built.parameters(), *built.buffers())}
-    for name, part in case.parts.items():
+    for name, part in {**case.parts, **case.own_parts}.items():
         taken = any(id(parameter) in registered for parameter in part.parameters())
-        assert not taken, f"teacher part '{name}' is registered; keep it in `self.parts` only"
+        owner = "part" if name.startswith(OF_STUDENT) else "teacher part"
+        assert not taken, f"{owner} '{name}' is registered; keep it in `self.parts` only"
     _total(_run(built, batch)).backward()
+    for name, part in case.own_parts.items():
+        for key, parameter in part.named_parameters():
+            _assert_gradient(f"'{key}' of the part '{name}'", parameter)
     for name, parameter in built.named_parameters():
         if parameter.requires_grad:
             _assert_gradient(f"parameter '{name}'", parameter)

@@ -11,7 +11,7 @@ from kd_hf.config import Recipe
 from kd_hf.data.draws import Draws
 from kd_hf.distill import DistillModule, by_role, taps_of, weights_at
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.methods.base import Moment, Outputs, Target
 from tests.runs import TEACHER, recipe
 
 RESNET = {"student": {"model": "test_efficientnet"}, "teacher": TEACHER}
@@ -92,7 +92,7 @@ def test_forward_names_the_parts_and_skips_what_is_not_active(tmp_path):
     pixels, target = torch.randn(4, 3, 32, 32), Target(torch.tensor([0, 1, 2, -1]))
     shape = module.methods["mgd"].shape
     taught = {"teacher": Outputs(torch.randn(4, 10), None, {"stage:-1": torch.randn(4, *shape)})}
-    draws = module.draw(Draws(keys))
+    draws = module.draw(Draws(keys), Moment(0, 1, 1))
     assert set(module(pixels, taught, target, draws)) == {"task/ce", "mgd/generation", "kd/soft"}
     assert set(module(pixels, taught, target, draws, active=("kd",))) == {"kd/soft"}
 

@@ -20,6 +20,8 @@ from kd_hf.data.draws import Draws
 from kd_hf.errors import UserError
 from kd_hf.models.info import ModelInfo, Shapes
 
+OF_STUDENT = "student:"  # begins the names of the student's own parts
+
 
 class MethodConfig(BaseModel):
     """Options of a method; subclasses add fields with the paper's values as defaults."""
@@ -44,7 +46,8 @@ class Needs:
     teacher: Mapping[str, str] = field(default_factory=dict)
     teacher_logits: bool = False  # when no loss of a step reads them, the teacher stops after its last tap
     dist_head: bool = False  # the student must train with its distillation head apart
-    parts: tuple[str, ...] = ()  # live teacher modules, by reference: "head", "stage:4", …
+    parts: tuple[str, ...] = ()  # live teacher modules, by reference: "head", "after:stage:-2", …
+    student_parts: tuple[str, ...] = ()  # live modules of the student, which train; `parts` has them as "student:head"
     labels: Literal["none", "optional", "hard", "soft"] = "none"  # hard: index labels only; soft: mixed rows too
     batch_coupled: bool = False  # the loss mixes samples of a batch
     cacheable: bool = True  # the teacher's outputs alone are enough
@@ -104,6 +107,20 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Where a run stands: `step` optimiser steps are done of `total_steps`, `steps_per_epoch` an epoch."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def epoch(self) -> int:
+        """The epoch the next step belongs to, counted from 1 as papers do."""
+        return self.step // self.steps_per_epoch + 1
+
+
+@dataclass(frozen=True)
 class Cost:
     """Per image: multiply–accumulates of the method's own modules (forward), and its parameters."""
 
@@ -135,18 +152,25 @@ class Method(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        # by reference: a plain dict is not registered, so the teacher stays out of state_dict and optimiser
+        # by reference: a plain dict is not registered, so the networks stay out of state_dict and optimiser
         self.parts = dict(parts)
 
     def draw(self, draws: Draws) -> Mapping[str, Tensor]:
         """Random tensors for this batch; called outside `forward` so that tests can inject others."""
         return {}
 
+    def scheduled(self, moment: Moment) -> Mapping[str, float]:
+        """Numbers that move with the run, beside the weight; `forward` has them as scalars among its draws."""
+        return {}
+
     @abstractmethod
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Target, draws: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map a batch to named scalar losses; the method's loss is their sum."""
+        """Map a batch to named scalar losses; the method's loss is their sum.
+
+        `draws` holds what `draw` and `scheduled` give.
+        """
 
     def cost(self) -> Cost:
         """Own parameters and multiply–accumulates per image."""

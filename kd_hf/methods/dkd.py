@@ -55,23 +55,35 @@ class DKD(Method):
     ) -> dict[str, Tensor]:
         """Return ``{"tckd": scalar, "nckd": scalar}``, factors included."""
         assert teacher is not None
-        temperature = self.cfg.temperature
         label, known = labelled(target.hard)
-        label = label[:, None]
-        ours = tempered(full_precision(student.logits), temperature)
-        theirs = tempered(frozen(teacher.logits), temperature)
-        rest, rest_t = without(ours, label), without(theirs, label)
-        log_p, log_q = rest.log_softmax(1), rest_t.log_softmax(1)
+        logits, reference = full_precision(student.logits), frozen(teacher.logits)
+        tckd, nckd = decoupled(logits, reference, label, self.cfg.temperature, known)
+        return {"tckd": self.cfg.alpha * tckd, "nckd": self.cfg.beta * nckd}
 
-        # log-odds of the label: what log_softmax took off is the log-sum-exp of the rest, the same at every class of it
-        q = log_q.exp()
-        odds = ours.gather(1, label) - (q * (rest - log_p)).sum(1, keepdim=True)
-        odds_t = theirs.gather(1, label) - (q * (rest_t - log_q)).sum(1, keepdim=True)
-        scale = temperature**2
-        return {
-            "tckd": divergence(_binary(odds), _binary(odds_t), self.cfg.alpha * scale, known),
-            "nckd": divergence(log_p, log_q, self.cfg.beta * scale, known),
-        }
+
+def decoupled(
+    logits: Tensor, reference: Tensor, label: Tensor, temperature: float | Tensor, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The two divergences of the decoupled loss, ``T²/B Σ_b KL(b^q ‖ b^p)`` and ``T²/B Σ_b KL(q̂ ‖ p̂)``.
+
+    Args:
+        logits: of the student, ``[B, K]``.
+        reference: those of the teacher.
+        label: class of every sample, ``[B]``.
+        temperature: T; a tensor may carry a gradient.
+        counted: as in :func:`~kd_hf.methods.losses.divergence`.
+    """
+    label = label[:, None]
+    logits, reference = tempered(logits, temperature), tempered(reference, temperature)
+    rest, rest_t = without(logits, label), without(reference, label)
+    log_p, log_q = rest.log_softmax(1), rest_t.log_softmax(1)
+
+    # log-odds of the label: what log_softmax took off is the log-sum-exp of the rest, the same at every class of it
+    q = log_q.exp()
+    odds = logits.gather(1, label) - (q * (rest - log_p)).sum(1, keepdim=True)
+    odds_t = reference.gather(1, label) - (q * (rest_t - log_q)).sum(1, keepdim=True)
+    scale = temperature**2
+    return divergence(_binary(odds), _binary(odds_t), scale, counted), divergence(log_p, log_q, scale, counted)
 
 
 def _binary(odds: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ def patch_role(name: str, tap: str, info: ModelInfo) -> str:
     return f"{name}{_SEPARATOR}{count}" if count else name
 
 
-def _prefix(role: str) -> int:
+def prefix_length(role: str) -> int:
+    """Tokens before the patches, as :func:`patch_role` marked the role."""
     return int(role.partition(_SEPARATOR)[2] or 0)
 
 
@@ -31,7 +32,7 @@ def pooled(role: str, value: Tensor) -> Tensor:
     """Mean over positions: a map ``[B, C, H, W]``, tokens ``[B, N, C]`` or a vector ``[B, C]`` as ``[B, C]``."""
     if value.ndim == 4:
         return value.mean((2, 3))
-    return value[:, _prefix(role) :].mean(1) if value.ndim == 3 else value
+    return value[:, prefix_length(role) :].mean(1) if value.ndim == 3 else value
 
 
 def width(shape: tuple[int, ...]) -> int:
@@ -52,7 +53,7 @@ def map_shape(place: str, role: str, shape: tuple[int, ...]) -> tuple[int, int, 
     """
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
-    count = shape[0] - _prefix(role)
+    count = shape[0] - prefix_length(role)
     side = math.isqrt(max(count, 0))
     if len(shape) != 2 or side * side != count or not count:
         raise UserError(
@@ -65,10 +66,10 @@ def as_map(role: str, value: Tensor) -> Tensor:
     """A map ``[B, C, H, W]``, or tokens whose patches form a square, as ``[B, C, H, W]``."""
     if value.ndim == 4:
         return value
-    patches = value[:, _prefix(role) :]
+    patches = value[:, prefix_length(role) :]
     return patches.transpose(1, 2).unflatten(2, (math.isqrt(patches.shape[1]), -1))
 
 
 def as_tokens(role: str, value: Tensor) -> Tensor:
     """A map or tokens as patch tokens ``[B, N, C]`` in raster order."""
-    return value.flatten(2).transpose(1, 2) if value.ndim == 4 else value[:, _prefix(role) :]
+    return value.flatten(2).transpose(1, 2) if value.ndim == 4 else value[:, prefix_length(role) :]

@@ -20,9 +20,9 @@ def frozen(tensor: Tensor) -> Tensor:
     return full_precision(tensor.detach())
 
 
-def tempered(logits: Tensor, temperature: float) -> Tensor:
+def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Logits over a temperature; at 1, the usual case, they are left as they are, which saves two passes over them."""
-    return logits if temperature == 1 else logits / temperature
+    return logits if not isinstance(temperature, Tensor) and temperature == 1 else logits / temperature
 
 
 def cross_entropy(log_p: Tensor, rows: Tensor, factor: float = 1.0, counted: Tensor | None = None) -> Tensor:
@@ -35,7 +35,7 @@ def cross_entropy(log_p: Tensor, rows: Tensor, factor: float = 1.0, counted: Ten
         log_p: ``[B, K]``.
         rows: constant weights ``[B, K]``, changed in place by `counted`.
         factor: of the result.
-        counted: samples ``[B]`` that are False add 0 but stay in B.
+        counted: weights of the samples ``[B]``; those that are 0, or False, add 0 but stay in B.
 
     Returns:
         A scalar.
@@ -43,13 +43,19 @@ def cross_entropy(log_p: Tensor, rows: Tensor, factor: float = 1.0, counted: Ten
     return (_counted(rows, counted) * log_p).sum() * (-factor / len(rows))
 
 
-def divergence(log_p: Tensor, log_q: Tensor, factor: float = 1.0, counted: Tensor | None = None) -> Tensor:
-    """``factor/B Σ_b KL(q_b ‖ p_b)`` from log-probabilities ``[B, K]``, q a constant; `counted` as above."""
+def divergence(log_p: Tensor, log_q: Tensor, factor: float | Tensor = 1.0, counted: Tensor | None = None) -> Tensor:
+    """``factor/B Σ_b KL(q_b ‖ p_b)`` from log-probabilities ``[B, K]``, q usually a constant; `counted` as above."""
     return (_counted(log_q.exp(), counted) * (log_q - log_p)).sum() * (factor / len(log_q))
 
 
 def _counted(rows: Tensor, counted: Tensor | None) -> Tensor:
-    return rows if counted is None else rows.masked_fill_(~counted[:, None], 0.0)
+    if counted is None:
+        return rows
+    if counted.dtype != torch.bool:
+        return rows * counted[:, None]
+    # filling, not multiplying: a row that is not counted may hold what is not finite
+    rows = rows.clone() if rows.requires_grad else rows  # its own backward pass needs it as it was
+    return rows.masked_fill_(~counted[:, None], 0.0)
 
 
 # A removed class: its exponential is exactly 0 and, unlike with -inf, so is 0 times its logarithm.

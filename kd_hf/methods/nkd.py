@@ -52,14 +52,36 @@ class NKD(Method):
     ) -> dict[str, Tensor]:
         """Return ``{"target": scalar, "nontarget": scalar}``, γ included."""
         assert teacher is not None
-        logits, reference = full_precision(student.logits), frozen(teacher.logits)
-        temperature = self.cfg.temperature
         label, known = labelled(target.hard)
-        label = label[:, None]
-        confidence = reference.softmax(1).gather(1, label)
-        rows = without(tempered(reference, temperature), label).softmax(1)
-        others = without(tempered(logits, temperature), label).log_softmax(1)
-        return {
-            "target": cross_entropy(logits.log_softmax(1).gather(1, label), confidence, counted=known),
-            "nontarget": cross_entropy(others, rows, self.cfg.gamma * temperature**2, known),
-        }
+        logits, reference = full_precision(student.logits), frozen(teacher.logits)
+        hit, nontarget = normalised(logits, reference, label, self.cfg.temperature, known)
+        return {"target": hit, "nontarget": self.cfg.gamma * nontarget}
+
+
+def normalised(
+    logits: Tensor,
+    reference: Tensor,
+    label: Tensor,
+    temperature: float,
+    counted: Tensor | None = None,
+    among_all: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The two cross-entropies of the normalised loss, of the target and, with T², of the other classes.
+
+    Args:
+        logits: of the student, ``[B, K]``.
+        reference: those of the teacher, a constant.
+        label: class of every sample, ``[B]``.
+        temperature: T of the other classes.
+        counted: as in :func:`~kd_hf.methods.losses.cross_entropy`.
+        among_all: leave the label among the other classes.
+    """
+    label = label[:, None]
+    confidence = reference.softmax(1).gather(1, label)
+    rows, others = tempered(reference, temperature), tempered(logits, temperature)
+    if not among_all:
+        rows, others = without(rows, label), without(others, label)
+    return (
+        cross_entropy(logits.log_softmax(1).gather(1, label), confidence, counted=counted),
+        cross_entropy(others.log_softmax(1), rows.softmax(1), temperature**2, counted),
+    )

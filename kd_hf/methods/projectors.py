@@ -24,13 +24,13 @@ class Generator(nn.Sequential):
 class Connector(nn.Sequential):
     """1×1 convolution without bias, batch normalisation and ReLU: ``[B, C_s, H, W] → [B, C_t, H, W]``.
 
-    The kernel starts as ``N(0, 2 / C_t)``.
+    The kernel starts as ``N(0, 2 / C_t)``; the ReLU may be left out.
     """
 
-    def __init__(self, width: int, channels: int) -> None:
+    def __init__(self, width: int, channels: int, relu: bool = True) -> None:
         convolution = nn.Conv2d(width, channels, 1, bias=False)
         nn.init.normal_(convolution.weight, std=math.sqrt(2 / channels))
-        super().__init__(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        super().__init__(convolution, nn.BatchNorm2d(channels), *([nn.ReLU(inplace=True)] if relu else []))
 
 
 class TokenProjector(nn.Module):

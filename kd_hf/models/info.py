@@ -67,10 +67,17 @@ class ModelInfo:
         """Number of transformer blocks (0 for a CNN)."""
         return len(self.blocks)
 
+    @property
+    def width(self) -> int:
+        """Channels of the last stage (0 where there is none)."""
+        return self.stages[-1].channels if self.stages else 0
+
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes without the batch dimension: K, and each tapped tensor by the method's own role name."""
+    """Shapes without the batch dimension: K, each tapped tensor by the method's own role name, and the channels of the
+    network's last stage (0 where it has none)."""
 
     num_classes: int
     taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    width: int = 0

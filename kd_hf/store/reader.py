@@ -178,7 +178,7 @@ class StoredTeacher:
     @property
     def shapes(self) -> Shapes:
         """Number of classes and shapes of the stored taps."""
-        return Shapes(self.facts.num_classes, self.facts.taps)
+        return Shapes(self.facts.num_classes, self.facts.taps, self.info.width)
 
     def describe(self) -> str:
         """One line for the log."""
