@@ -17,17 +17,23 @@ from kd_hf.config import Recipe, TrainConfig
 from kd_hf.data.draws import Draws, hash_key
 from kd_hf.distill import DistillModule, weights_at
 from kd_hf.methods import method_names
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.methods.base import Moment, Outputs, Target
 from kd_hf.runtime import build_accelerator
 from kd_hf.teacher import Teacher
 from tests.runs import merged
 
 CLASSES, PER_RANK, RANKS = 7, 4, 2
+MOMENT = Moment(0, 1, 1)
 # without BatchNorm, which would couple the images of a process whatever the method does
 CONVNEXT = ({"model": "test_convnext"}, {"model": "test_convnext2"})
 VIT = (
     {"model": "test_vit", "kwargs": {"patch_size": 4, "depth": 4}},
     {"model": "test_vit", "kwargs": {"patch_size": 4, "depth": 5, "embed_dim": 96}},
+)
+# with BatchNorm, for methods that couple images themselves and need a network with ReLUs
+RESNET = (
+    {"model": "resnet10t", "kwargs": {"channels": [8, 12, 16, 24], "zero_init_last": False}},
+    {"model": "resnet10t", "kwargs": {"channels": [8, 16, 24, 32], "zero_init_last": False}},
 )
 DISTILLED = (
     {"model": "deit_tiny_distilled_patch16_224", "kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 48}},
@@ -35,6 +41,7 @@ DISTILLED = (
 )
 PAIRS = {
     "cls_kd": VIT,
+    "ctkd": CONVNEXT,
     "deit_hard": DISTILLED,
     "deit_soft": DISTILLED,
     "dkd": CONVNEXT,
@@ -42,25 +49,33 @@ PAIRS = {
     "manifold": VIT,
     "mgd": CONVNEXT,
     "nkd": CONVNEXT,
+    "ofa": CONVNEXT,
+    "ofd": RESNET,
+    "reviewkd": CONVNEXT,
     "scalekd": VIT,
+    "sdd": CONVNEXT,
     "srrl": CONVNEXT,
     "task": CONVNEXT,
+    "ttm": CONVNEXT,
     "uskd": VIT,
     "vitkd": VIT,
     "vkd": DISTILLED,
     "wsld": CONVNEXT,
+    "wttm": CONVNEXT,
 }
+# logits of untrained networks are so small that at CTKD's temperatures nothing but rounding is left of the loss
+OPTIONS = {"ctkd": {"t_start": 0.01, "t_end": 0.1}}
 
 
 def recipe_of(name: str) -> Recipe:
-    """The task loss and the method with its defaults, on the method's pair."""
+    """The task loss and the method with its defaults, unless it has other options here, on the method's pair."""
     student, teacher = PAIRS[name]
     fixed = {"num_classes": CLASSES, "pretrained": False}
     return Recipe.model_validate(
         {
             "student": merged(student, fixed),
             "teacher": merged(teacher, fixed),
-            "methods": {"task": {"weight": 1.0}, name: {}},
+            "methods": {"task": {"weight": 1.0}, name: OPTIONS.get(name, {})},
             "data": {"path": "builtin:digits", "image_size": 32},
             "train": {"output_dir": "unused", "use_cpu": True},
         }
@@ -110,7 +125,7 @@ class Step:
 
     def draws(self, rows: range, seed: int = 0):
         """The method's random tensors for these images."""
-        return self.module.draw(Draws(torch.tensor([hash_key(seed, row) for row in rows])))
+        return self.module.draw(Draws(torch.tensor([hash_key(seed, row) for row in rows])), MOMENT)
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum."""
