@@ -299,6 +299,9 @@ class TrainConfig(Block):
     lr_decay_rate: float = Field(0.1, gt=0)
     max_grad_norm: float | None = Field(None, gt=0)
     ema: EmaConfig | None = None
+    full_determinism: bool = False
+    """On a GPU: only kernels that add in a fixed order, so that a run, and its continuation, repeat to the bit; an
+    operation that has none ends the run in a line that names it. A CPU needs nothing of the kind."""
     bf16: bool = False
     fp16: bool = False
     torch_compile: bool = False

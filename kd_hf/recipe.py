@@ -45,6 +45,7 @@ _NOT_HASHED = (
     "run_name",
     "disable_tqdm",
     "cpu_threads",
+    "use_cpu",
 )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -41,6 +44,8 @@ def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Acce
     if cfg.sync_batchnorm and use_cpu:
         raise UserError("train.sync_batchnorm needs GPUs; leave it out on a CPU")
     _check_trackers(cfg.report_to)
+    if cfg.full_determinism:
+        require_determinism()
     launched_alone = _launched_alone()  # before accelerate sets ranks itself
     # a second run in one process (teacher, then student) starts from a clean state
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -62,6 +67,29 @@ def build_accelerator(cfg: TrainConfig, unused_parameters: bool = False) -> Acce
     _check_processes(accelerator, launched_alone)
     _check_engine(accelerator)
     return accelerator
+
+
+def require_determinism() -> None:
+    """Let torch choose deterministic kernels from now on, and raise where an operation has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product opens cuBLAS
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds reads of it, at the price of writing it all
+
+
+@contextmanager
+def nondeterminism_named() -> Iterator[None]:
+    """Turn torch's refusal of an operation into a :class:`UserError` that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        refused = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if refused is None:
+            raise
+        raise UserError(
+            f"train.full_determinism: {refused[1]}, which a network or a method of this recipe runs, has no "
+            "deterministic kernel on this device; leave the option out, or choose other networks or methods"
+        ) from None
 
 
 def _launched_alone() -> bool:

@@ -24,7 +24,14 @@ from kd_hf.plan import announce
 from kd_hf.prediction import EvalPrediction, PredictionOutput, Predictions
 from kd_hf.publish import Publication
 from kd_hf.run import RunFolder, run_length
-from kd_hf.runtime import StopSignal, build_accelerator, check_agreement, seed_networks, set_cpu_threads
+from kd_hf.runtime import (
+    StopSignal,
+    build_accelerator,
+    check_agreement,
+    nondeterminism_named,
+    seed_networks,
+    set_cpu_threads,
+)
 from kd_hf.sharding import check_sharding
 from kd_hf.task import task_of
 from kd_hf.teacher import Teacher
@@ -160,7 +167,8 @@ class DistillTrainer:
                 if self.state.global_step == 0:
                     self._gate()
                 self.callbacks.call("on_train_begin", self.state, self.control)
-                self._loop(stop)
+                with nondeterminism_named():
+                    self._loop(stop)
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"out of memory on {self.device}: lower train.per_device_train_batch_size and raise "

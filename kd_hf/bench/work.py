@@ -143,6 +143,10 @@ class BarePair:
                 plain = cfg.model_copy(update={"mode": "eval", "shard": False})
                 teacher = Teacher(name, plain, parts.teachers[name], parts.tapped_teachers[name], device, args)
                 self.teachers.append((teacher.handle.network, images[name].to(teacher.dtype)))
+        if args.torch_compile:  # the trainer compiles networks with their taps, which are not run here
+            self.student.compile()
+            for network, _ in self.teachers:
+                network.compile()
         self.pixels, self.labels, self.autocast = images["student"], labels, accelerator.autocast
 
     def __call__(self, mark: Mark) -> None:

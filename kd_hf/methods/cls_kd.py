@@ -147,7 +147,7 @@ class ClsKD(Method):
     def _factors(self, values: Tensor) -> Tensor:
         """c ``[n]``: 1, and `last_w` for the last pair."""
         factors = torch.ones_like(values)
-        factors[-1] = self.cfg.last_w
+        factors[-1].fill_(self.cfg.last_w)  # assigning a number would wait for the GPU
         return factors
 
     def _combined(self, losses: Sequence[Tensor]) -> Tensor:

@@ -72,7 +72,7 @@ class Golden:
     @classmethod
     def read(cls, file: Path, option: Option = PLAIN) -> Golden:
         """Read a file; floating-point tensors become float64."""
-        with safe_open(file, "pt") as stored:
+        with safe_open(file, "pt", device=str(torch.get_default_device())) as stored:
             metadata = stored.metadata() or {}
             tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
         method = metadata.get("method", file.parent.name)
@@ -260,7 +260,7 @@ def relative_error(ours: Tensor, theirs: Tensor, rounding: float = 0.0) -> float
     """
     if ours.shape != theirs.shape:
         return float("inf")
-    ours, theirs = ours.double(), theirs.double()
+    ours, theirs = ours.to(theirs.device).double(), theirs.double()
     if max(ours.abs().max(), theirs.abs().max()) < NOISE:
         return 0.0
     difference = ((ours - theirs).abs() - rounding * theirs.abs()).clamp(min=0)

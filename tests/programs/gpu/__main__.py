@@ -1,0 +1,53 @@
+"""Everything that only a GPU can show: ``python -m tests.programs.gpu --out DIR [--minutes 8] [--only NAME …]``.
+
+A list of checks, the most valuable first, each in a process of its own that is ended when its time is up. What they
+find is written at once: a line of ``DIR/rows.jsonl`` for each result, ``DIR/table.md`` after each check. The program
+may be stopped at any moment. ``--tiny --device cpu`` runs the same code on tiny networks, to see that it works.
+
+Correctness comes first, several checks side by side; then speed, where networks are built and compiled side by side
+and timed one after the other, while nothing else runs on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.programs.gpu.schedule import START, Bench, read_rows, run_checks
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the checks. Returns 1 when one was not ok."""
+    parser = argparse.ArgumentParser(prog="python -m tests.programs.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all (default: 8)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="checks whose names begin so")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and few steps")
+    parser.add_argument("--workers", type=int, help="checks side by side (default: half the cores)")
+    args = parser.parse_args(argv)
+    (args.out / "logs").mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.out.resolve(), args.device, args.tiny)
+    bench.lock.touch()
+    workers = args.workers or max(1, (os.cpu_count() or 2) // 2)
+
+    from tests.programs.gpu.checks import correctness
+    from tests.programs.gpu.speed import speed
+
+    deadline = START + 60 * args.minutes
+    chosen = [
+        {name: check for name, check in group.items() if not args.only or name.startswith(tuple(args.only))}
+        for group in (correctness(bench), *speed(bench))
+    ]
+    for group in chosen:
+        if group:
+            run_checks(group, bench, workers, deadline)
+    print((bench.out / "table.md").read_text())
+    return int(any(row["status"] != "ok" for row in read_rows(bench.out)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
