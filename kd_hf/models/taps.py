@@ -325,14 +325,17 @@ def _both_logits(output: Any) -> tuple[Tensor, Tensor]:
     return output.cls_logits, output.distillation_logits
 
 
-def tap_shapes(model: TappedModel, image_size: int) -> dict[str, tuple[int, ...]]:
+def tap_shapes(model: TappedModel, image_size: int | tuple[int, int]) -> dict[str, tuple[int, ...]]:
     """Shapes of the taps without the batch dimension, by one forward pass of a zero image in eval mode.
+
+    The size is that of both sides, or height and width.
 
     Runs on the model's own device, ``meta`` included. Modes of all submodules are as before afterwards, and no
     BatchNorm statistic moves.
     """
     reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    pixels = torch.zeros(1, 3, image_size, image_size, device=reference.device, dtype=reference.dtype)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    pixels = torch.zeros(1, 3, height, width, device=reference.device, dtype=reference.dtype)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

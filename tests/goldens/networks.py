@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,8 +18,10 @@ from kd_hf.methods.base import Outputs
 from kd_hf.models.handle import describe_timm
 from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
 from kd_hf.models.taps import TappedModel, tap_shapes
-from tests.goldens.check import Golden, NotCovered, Run, Term, load, make_term, make_terms, rename
-from tests.goldens.layouts import LAYOUTS, LOSS, Output
+from tests.goldens.case import Run, load, recorded_draws
+from tests.goldens.families import layouts
+from tests.goldens.layout import LOSS, NO_CHANGE, Output, Term, check_facts, make_term, rename
+from tests.goldens.record import Golden, Mismatch
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+@dataclass(frozen=True)
+class Feature:
+    """A recorded feature: taps of a network and what is made of them."""
+
+    taps: tuple[str, ...]
+    form: Callable[..., Tensor] = lambda tap: tap
+
+
 @dataclass
 class NetworkCase:
     """A student (and a teacher) from recorded weights, `task` with label smoothing, and the recorded losses."""
@@ -47,22 +57,27 @@ class NetworkCase:
     images: ClassVar[str] = "image"  # in/…
     networks: ClassVar[str] = ""  # what comes before student/ and teacher/ in names of weights and gradients
     logits: ClassVar[tuple[str, str]] = ("logit_s", "logit_t")  # out/…
+    dist_logits: ClassVar[str] = ""  # out/…, of the student's second head
     kind: ClassVar[str] = "kind"  # the hyper-parameter that names a network's kind
     golden: Golden
     terms: list[Term] = field(init=False)
+    infos: dict[str, ModelInfo] = field(init=False)
+    module: DistillModule = field(init=False)
 
     def __post_init__(self) -> None:
         self.terms = self._make_terms()
 
     def _make_terms(self) -> list[Term]:
-        hparams = self.golden.hparams
+        hparams, tables = self.golden.hparams, layouts()
         names = {key: key.removeprefix("loss_") for key in hparams["losses"]}
-        if uncovered := sorted(set(names.values()) - LAYOUTS.keys()):
-            raise NotCovered(f"not covered: {', '.join(uncovered)}")
-        terms = [make_term(name, LAYOUTS[name], hparams["losses"][key]) for key, name in names.items()]
-        scale = 1.0
+        if unknown := sorted(set(names.values()) - tables.keys()):
+            raise Mismatch(f"unknown losses {', '.join(unknown)}")
+        terms, scale = [], 1.0
         for key, name in names.items():
-            scale *= LAYOUTS[name].task_weight(hparams["losses"][key])
+            options, layout = hparams["losses"][key], tables[name]
+            check_facts(layout, self.golden, options)
+            terms.append(make_term(name, layout, options))
+            scale *= layout.task_weight(options)
         return [Term("task", {"label_smoothing": hparams["label_smoothing"]}, scale), *terms]
 
     def expected(self) -> Mapping[str, Output]:
@@ -71,60 +86,101 @@ class NetworkCase:
         named |= {f"loss_{term.name}": Output(term.name, weighted=True) for term in self.terms}
         return {name: output for name, output in named.items() if f"out/{name}" in self.golden.tensors}
 
-    def run(self, changes: Mapping[str, Any]) -> Run:
+    def run(self, change: Output = NO_CHANGE) -> Run:
         """One training step's forward pass."""
-        size = self._image_size()
+        size, option = self._image_size(), self.golden.option
         networks = {side: self._network(side) for side in ("student", "teacher") if side in self.golden.hparams}
-        infos = {side: describe_timm(net, side, Preprocessing(size)) for side, net in networks.items()}
-        option = self.golden.option
-        choices = [self._choice(term, infos) for term in self.terms]
+        self.infos = {side: describe_timm(net, side, Preprocessing()) for side, net in networks.items()}
+        choices = [self._choice(term, change) for term in self.terms]
         two_heads = any(choice.needs.dist_head for choice in choices)
-        student = TappedModel(networks["student"], infos["student"], taps_of(choices), two_heads)
-        shapes = {"student": Shapes(infos["student"].num_classes, tap_shapes(student, size))}
+        models = {
+            side: TappedModel(network, self.infos[side], self._taps(side, choices), two_heads and side == "student")
+            for side, network in networks.items()
+        }
+        shapes = {side: Shapes(self.infos[side].num_classes, tap_shapes(model, size)) for side, model in models.items()}
+        values: dict[str, Tensor] = {}
+        for side, model in models.items():
+            self._watch(side, model, values)
         pixels = option.tensor(self.golden.tensors[f"in/{self.images}"])
-        teachers: dict[str, Outputs] = {}
-        if "teacher" in networks:
-            model = TappedModel(networks["teacher"], infos["teacher"], taps_of(choices, "teacher")).eval()
-            shapes["teacher"] = Shapes(infos["teacher"].num_classes, tap_shapes(model, size))
+        student, teachers = models.pop("student"), {}
+        for side, model in models.items():
             option.frozen(model)
             with torch.no_grad():
-                teachers["teacher"] = model(pixels)
+                teachers[side] = model.eval()(pixels)
         taught = {name: shape for name, shape in shapes.items() if name == "teacher"}
         methods = build_methods(choices, shapes["student"], taught, {"teacher": {}})
-        module = DistillModule(student, methods, choices).double().train()
+        self.module = module = DistillModule(student, methods, choices).double().train()
         weights = networks["student"].named_parameters()
         leaves: dict[str, Tensor] = {f"{self.networks}student/{name}": value for name, value in weights}
         leaves |= self._load_methods(module.methods)
         option.student(networks["student"])
         option.trained(module)
-        losses = module(pixels, teachers, self.golden.target(), {term.name: self._draws(term) for term in self.terms})
-        outputs = [student.eval()(pixels), *teachers.values()]
-        values = {name: output.logits.detach() for name, output in zip(self.logits, outputs, strict=False)}
+        draws = {term.name: self._draws(term, change) for term in self.terms}
+        losses = module(pixels, teachers, self.golden.target(), draws)
         return Run(self.terms, losses, values, leaves)
 
-    def _image_size(self) -> int:
+    def _taps(self, side: str, choices: Sequence[Choice]) -> tuple[str, ...]:
+        """What the methods read of a network, and what recorded features are made of."""
+        read = taps_of(choices, None if side == "student" else side)
+        recorded = (tap for _, feature in self._recorded_features(side) for tap in feature.taps)
+        return tuple(dict.fromkeys((*read, *recorded)))
+
+    def _recorded_features(self, side: str) -> list[tuple[str, Feature]]:
+        features = self._features(side, self.infos[side]).items()
+        return [(name, feature) for name, feature in features if f"out/{name}" in self.golden.tensors]
+
+    def _watch(self, side: str, model: TappedModel, values: dict[str, Tensor]) -> None:
+        """Note logits and recorded features whenever a network runs."""
+        name, features = self.logits[side == "teacher"], self._recorded_features(side)
+
+        def note(module: nn.Module, inputs: Any, outputs: Outputs) -> None:
+            values[name] = outputs.logits.detach()
+            if outputs.dist_logits is not None:
+                values[self.dist_logits] = outputs.dist_logits.detach()
+            for key, feature in features:
+                values[key] = feature.form(*(outputs.taps[tap].detach() for tap in feature.taps)).detach()
+
+        model.register_forward_hook(note)
+
+    def _features(self, side: str, info: ModelInfo) -> Mapping[str, Feature]:
+        """Features under their recorded names: what ViTKD and USKD read, whichever of them runs."""
+        prefix, letter = len(info.block_prefix), side[0]
+        return {
+            f"feat_{letter}_low": Feature(
+                ("block:0", "block:1"), lambda *blocks: torch.stack([block[:, prefix:] for block in blocks], 1)
+            ),
+            f"feat_{letter}_high": Feature(("tokens:patch",)),
+            f"feat_{letter}_mid_cls": Feature((f"block:{info.depth // 2 - 1}",), lambda block: block[:, 0]),
+        }
+
+    def _image_size(self) -> tuple[int, int]:
+        """Height and width."""
         size = self.golden.hparams["img_size"]
-        return size if isinstance(size, int) else size[0]
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     def _network(self, side: str) -> nn.Module:
         hparams = self.golden.hparams
         spec = dict(hparams[side])
         name = spec.pop(self.kind)
         if name not in KINDS:
-            raise NotCovered(f"not covered: network '{name}'")
-        kind = KINDS[name]
-        # the width of the other network, which no network of ours needs to know
-        spec.pop("embed_dim_t", None)
+            raise Mismatch(f"unknown network '{name}'")
+        kind, width = KINDS[name], spec.pop("embed_dim_t", None)
+        if width is not None and width != hparams["teacher"]["embed_dim"]:
+            raise Mismatch(f"the {side}'s embed_dim_t = {width} is not the teacher's width")
         shared = {key: hparams[key] for key in ("patch_size", "num_classes")}
-        network = kind.network(img_size=self._image_size(), **shared, **spec, **kind.arguments).double()
+        try:
+            network = kind.network(img_size=self._image_size(), **shared, **spec, **kind.arguments).double()
+        except TypeError as error:
+            raise Mismatch(f"the {side} '{name}' is not made with these values: {error}") from error
         network.pretrained_cfg = {"classifier": kind.heads}
-        load(network, self.golden.group(f"{self.networks}{side}/"))
+        prefix = f"{self.networks}{side}/"
+        load(network, self.golden.group(prefix))
         return network
 
-    @staticmethod
-    def _choice(term: Term, infos: Mapping[str, ModelInfo]) -> Choice:
-        method, config = get_method(term.name), term.config({})
-        needs = method.needs(config, infos["student"], infos.get("teacher"))
+    def _choice(self, term: Term, change: Output) -> Choice:
+        method = get_method(term.name)
+        config = term.config(change.options if term.name == self.golden.method else {})
+        needs = method.needs(config, self.infos["student"], self.infos.get("teacher"))
         reads = bool(needs.teacher or needs.teacher_logits)
         return Choice(term.name, method, config, needs, term.weight, None, "teacher" if reads else None)
 
@@ -133,7 +189,8 @@ class NetworkCase:
         leaves: dict[str, Tensor] = {}
         for name, method in methods.items():
             prefix, recorded = self._recorded(name)
-            renamed = {rename(key, LAYOUTS[name].parameters): key for key in recorded}
+            table = layouts()[name].parameters if recorded else {}
+            renamed = {rename(key, table): key for key in recorded}
             load(method, {ours: recorded[key] for ours, key in renamed.items()})
             parameters = method.named_parameters()
             leaves |= {f"{prefix}{renamed[ours]}": value for ours, value in parameters if ours in renamed}
@@ -144,29 +201,5 @@ class NetworkCase:
         prefix = f"param/loss_{name}."
         return prefix, self.golden.group(prefix)
 
-    def _draws(self, term: Term) -> dict[str, Tensor]:
-        recorded = self.golden.group("draw/")
-        known = LAYOUTS[term.name].draws if term.name in LAYOUTS else {}
-        return {ours: recorded[name] for name, ours in known.items() if name in recorded}
-
-
-@dataclass
-class DeiTCase(NetworkCase):
-    """The same as the DeiT family records it: one method with its companions, all weights below ``param/``."""
-
-    images = "images"
-    networks = "param/"
-    logits = ("student_logits", "teacher_logits")
-    kind = "family"
-
-    def _make_terms(self) -> list[Term]:
-        return make_terms(self.golden.method, LAYOUTS[self.golden.method], self.golden.hparams)
-
-    def expected(self) -> Mapping[str, Output]:
-        """What the method's table names, where recorded."""
-        named = LAYOUTS[self.golden.method].outputs
-        return {name: output for name, output in named.items() if f"out/{name}" in self.golden.tensors}
-
-    def _recorded(self, name: str) -> tuple[str, Mapping[str, Tensor]]:
-        found = self.golden.group("param/") if name == self.golden.method else {}
-        return "param/", {key: value for key, value in found.items() if not key.startswith(("student/", "teacher/"))}
+    def _draws(self, term: Term, change: Output) -> Mapping[str, Tensor]:
+        return recorded_draws(self.golden, layouts()[term.name], change) if term.name in layouts() else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ from kd_hf.methods.base import Outputs, Target
 from kd_hf.methods.orthogonal import OrthogonalProjection, reflect
 from kd_hf.models.info import Shapes
 from tests.detection.official import Sizes, state_dict
-from tests.goldens.check import Case, Golden, Mismatch, Run, Term, load
-from tests.goldens.layouts import LOSS, Output
+from tests.goldens.case import Run, load
+from tests.goldens.layout import LOSS, NO_CHANGE, Output, Term, check_fact
+from tests.goldens.record import Golden
 
 WEIGHTS = {
     "cls_loss_coef": ("loss_ce",),
@@ -43,16 +44,11 @@ SIZES = {
     "cross_scale_fusion": "epff",  # its name before ViDT+
     "pos_dim": "d_model",
 }
-# what shapes or the configuration say as well, and what has no effect in evaluation mode
-IGNORED = frozenset(
-    {"seed", "cross_indices", "aux_loss", "gt_mask_len", "with_vector", "student_dim", "teacher_dim"}
-    | {"backbone_name", "dropout", "drop_path_rate"}
-)
-
-
-def open_detection(golden: Golden) -> Case:
-    """The case of a file, by its method."""
-    return CASES[golden.method](golden)
+# options that change nothing in evaluation mode, for given weights
+UNUSED = ("aux_loss", "gt_mask_len", "with_vector", "backbone_name", "dropout", "drop_path_rate")
+# a line of the authors' log: how many queries have another likeliest class than the last one, which means nothing here
+CARDINALITY = "cardinality_error"
+TARGETS = ("target_counts", "target_labels", "target_boxes")
 
 
 @dataclass
@@ -67,13 +63,15 @@ class DetectionCase:
         """The total; parts are compared as values."""
         return {"loss": LOSS}
 
-    def _check_names(self, *known: Iterable[str]) -> None:
-        if unknown := self.golden.hparams.keys() - IGNORED.union(*known):
-            raise Mismatch(f"unknown hparams {', '.join(sorted(unknown))}")
+    def _unused(self, *names: str) -> None:
+        """Look at hyper-parameters that say nothing to the case."""
+        for name in names:
+            self.golden.hparams.get(name)
 
-    def _inputs(self) -> dict[str, Tensor]:
+    def _inputs(self, *names: str) -> dict[str, Tensor]:
         """Inputs, as leaves where their gradient is recorded."""
-        inputs = {name: value.clone() for name, value in self.golden.group("in/").items()}
+        recorded = self.golden.group("in/")
+        inputs = {name: recorded[name].clone() for name in names if name in recorded}
         for name, value in inputs.items():
             if f"grad/in/{name}" in self.golden.tensors:
                 self.leaves[f"in/{name}"] = value.requires_grad_()
@@ -98,13 +96,19 @@ def targets_of(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{"class_labels": labels, "boxes": boxes} for labels, boxes in zip(*split, strict=True)]
 
 
+def visible(sizes: Tensor, frame: Sequence[int]) -> Tensor:
+    """Where images of the given heights and widths ``[B, 2]`` lie in a padded batch: ``[B, H, W]``."""
+    rows, columns = (torch.arange(side) < sizes[:, axis, None] for axis, side in enumerate(frame))
+    return rows[:, :, None] & columns[:, None]
+
+
 class CriterionCase(DetectionCase):
     """The loss of given predictions."""
 
-    def run(self, changes: Mapping[str, Any]) -> Run:
+    def run(self, change: Output = NO_CHANGE) -> Run:
         """All stages; the last is the main one."""
-        hparams, inputs = self.golden.hparams, self._inputs()
-        self._check_names(WEIGHTS, COSTS, {"num_classes", "iou_aware"})
+        hparams = self.golden.hparams
+        inputs = self._inputs("logits", "box_logits", "iou_logits", *TARGETS)
         config = ViDTConfig(num_labels=hparams["num_classes"], **loss_options(hparams))
         names = {"logits": inputs["logits"], "pred_boxes": inputs["box_logits"].sigmoid()}
         if hparams.get("iou_aware"):
@@ -112,8 +116,9 @@ class CriterionCase(DetectionCase):
         stages = [dict(zip(names, values, strict=True)) for values in zip(*names.values(), strict=True)]
         targets = targets_of(inputs)
         loss, parts = detection_loss(config, {**stages[-1], "auxiliary_outputs": stages[:-1]}, targets)
-        # the authors count queries whose most likely class is not the last one, which says nothing here
-        self.values = {name: value.detach() for name, value in parts.items() if not name.startswith("cardinality")}
+        self.values = {name: value.detach() for name, value in parts.items() if not name.startswith(CARDINALITY)}
+        for name in self.golden.group(f"out/{CARDINALITY}"):
+            self.golden.tensors[f"out/{CARDINALITY}{name}"]
         matcher = Matcher(config.class_cost, config.bbox_cost, config.giou_cost)
         for number, stage in enumerate(stages):
             pairs = matcher(stage, targets)
@@ -125,10 +130,11 @@ class CriterionCase(DetectionCase):
 class NetworkCase(DetectionCase):
     """Images through the whole network, whose weights follow from their names."""
 
-    def run(self, changes: Mapping[str, Any]) -> Run:
+    def run(self, change: Output = NO_CHANGE) -> Run:
         """One pass in evaluation mode."""
-        hparams, inputs = self.golden.hparams, self._inputs()
-        self._check_names(WEIGHTS, COSTS, SIZES)
+        hparams = self.golden.hparams
+        inputs = self._inputs("images", "sizes", "orig_sizes", *TARGETS)
+        self._unused(*UNUSED)
         given = {ours: hparams[name] for name, ours in SIZES.items() if name in hparams}
         given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
         official = state_dict(Sizes(**given))
@@ -143,8 +149,10 @@ class NetworkCase(DetectionCase):
         self._watch_body(network)
         targets = targets_of(inputs)
         self.golden.option.trained(network)
+        seen = visible(inputs["sizes"], inputs["images"].shape[2:])
+        self.values["mask"] = ~seen
         with torch.no_grad():
-            out = network(self.golden.option.tensor(inputs["images"]), ~self.golden.tensors["out/mask"], targets)
+            out = network(self.golden.option.tensor(inputs["images"]), seen, targets)
         self._collect(out, targets, config)
         self._post_process(out, inputs["orig_sizes"])
         return self._total(out.loss)
@@ -183,10 +191,14 @@ class NetworkCase(DetectionCase):
 class TokensCase(DetectionCase):
     """Matching of given tokens."""
 
-    def run(self, changes: Mapping[str, Any]) -> Run:
+    def run(self, change: Output = NO_CHANGE) -> Run:
         """With projectors or without."""
-        hparams, inputs = self.golden.hparams, self._inputs()
-        self._check_names({"projector", "orthogonal_map", "distil_loss_coef", "num_classes"})
+        hparams = self.golden.hparams
+        names = [name for name in self.golden.group("in/") if name.startswith(("student_", "teacher_"))]
+        inputs = self._inputs(*names)
+        for side in ("student", "teacher"):
+            check_fact(hparams, f"{side}_dim", inputs[f"{side}_body_det"].shape[-1])
+        self._unused("num_classes")
         outputs = [self.golden.option.outputs(_outputs(side, inputs)) for side in ("student", "teacher")]
         shapes = [Shapes(1, {role: tuple(tap.shape[1:]) for role, tap in out.taps.items()}) for out in outputs]
         method = self._method(hparams, shapes)
@@ -251,10 +263,12 @@ def _outputs(side: str, inputs: Mapping[str, Tensor]) -> Outputs:
 class AttentionCase(DetectionCase):
     """Deformable attention of given queries."""
 
-    def run(self, changes: Mapping[str, Any]) -> Run:
+    def run(self, change: Output = NO_CHANGE) -> Run:
         """The module, watched at its core."""
-        hparams, inputs = self.golden.hparams, self._inputs()
-        self._check_names({"d_model", "n_heads", "n_levels", "n_points", "reference_dim"})
+        hparams = self.golden.hparams
+        names = ("query", "input_flatten", "reference_points", "padding_mask", "spatial_shapes", "loss_weight")
+        inputs = self._inputs(*names)
+        check_fact(hparams, "reference_dim", inputs["reference_points"].shape[-1])
         config = DeformableDetrConfig(
             d_model=hparams["d_model"],
             num_feature_levels=hparams["n_levels"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -19,11 +19,42 @@ from kd_hf.methods.scalekd import VIEWS, ScaleKD
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm
 from kd_hf.models.info import Preprocessing, Shapes
 from kd_hf.models.parts import last_stage_entry, live_part
-from tests.goldens.check import Case, Golden, Mismatch, Run, TensorCase, Term, load, rename
-from tests.goldens.layouts import LAYOUTS, Layout, Output
+from tests.goldens.case import Case, Run, TensorCase, load
+from tests.goldens.families.logits import without_alpha
+from tests.goldens.layout import LOSS, NO_CHANGE, HParams, Layout, Output, Term, check_fact, rename, size
+from tests.goldens.record import Golden, Mismatch, Tensors
 
-HParams = Mapping[str, Any]
-LAYOUT = LAYOUTS["scalekd"]
+LAYOUT = Layout(
+    parameters={
+        "pos_embed": "position",
+        "proj_student.0.": "conv.",
+        "proj_student.1.": "conv_norm.",
+        "proj_pos.0.": "query_in.",
+        "pos_attention.q.": "query.",
+        "pos_attention.k.": "key_value.",
+        "pos_attention.proj.": "out.",
+        "norm.": "norm.",
+        "ffn.layers.0.0.": "expand.",
+        "ffn.layers.1.": "contract.",
+        "query.weight": "table",
+    },
+    outputs={
+        "loss": LOSS,
+        "ori_loss": Output("task", weighted=True),
+        "loss_kd": Output("kd", weighted=True),
+        "loss_spat": Output("scalekd", "s4"),
+        "loss_alt": Output("scalekd", "s4_alt"),
+        **{f"loss_{part}": Output("scalekd", part) for part in ("s3", "s3_alt", "s4", "s4_alt")},
+    },
+)
+LOGITS = Layout(
+    options={"temp": "temperature"},
+    facts={"classes": size("in/student_logits", 1), "batch": size("in/student_logits", 0)},
+    weight="alpha",
+    task_weight=without_alpha,
+    inputs={"student_logits": "student.logits", "teacher_logits": "teacher.logits"},
+    outputs={"loss": LOSS, "loss_kd": LOSS},
+)
 NORMS = {"v1_bn": "batch", "v2_bn": "batch", "v1_ln2d": "layer"}
 SWIN = {
     "stages.2.downsample.": "layers.3.downsample.",
@@ -47,15 +78,11 @@ def open_scalekd(golden: Golden) -> Case:
     """The case of a file, by its hyper-parameter `part`."""
     part = golden.hparams["part"]
     if part == "kd":
-        return TensorCase(replace(golden, method="kd", hparams=_without(golden.hparams, "part")), LAYOUTS["scalekd/kd"])
+        return TensorCase(replace(golden, method="kd"), LOGITS)
     cases = {"cap": CapCase, "dfm": LossCase, "fd": MethodCase, "tpp": MethodCase, "full": MethodCase}
     if part not in cases:
         raise Mismatch(f"unknown part '{part}'")
     return cases[part](in_our_names(golden))
-
-
-def _without(hparams: HParams, *names: str) -> HParams:
-    return {name: value for name, value in hparams.items() if name not in names}
 
 
 def in_our_names(golden: Golden) -> Golden:
@@ -78,22 +105,34 @@ def in_our_names(golden: Golden) -> Golden:
         shape = {"pos_embed": value.shape[1:], "proj_pos.0.weight": value.shape[:2], "align.weight": value.shape[:2]}
         owner = "projectors.s4_spatial." if rest.startswith("align.") else owner
         tensors[prefix + owner + rename(rest, LAYOUT.parameters)] = value.reshape(shape.get(rest, value.shape))
-    return replace(golden, tensors=tensors)
+    return replace(golden, tensors=Tensors(tensors))
 
 
 def load_known(module: nn.Module, recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Load what a module has; what it does not build stays a leaf without gradient. Returns leaves by recorded name."""
+    """Load what a module has. Returns leaves by recorded name.
+
+    Layers of the official projectors that no gradient reaches are not built: they stay leaves without gradient.
+    """
     own = module.state_dict()
+    layers = tuple(LAYOUT.parameters.values())
+    if stray := [name for name in recorded.keys() - own.keys() if not _own_name(name).startswith(layers)]:
+        raise Mismatch(f"no projector has {', '.join(sorted(stray))}")
     counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
     load(module, {**counters, **{name: value for name, value in recorded.items() if name in own}})
     leaves = {f"param/{name}": value for name, value in recorded.items() if name not in own}
     return leaves | {f"param/{name}": value for name, value in module.named_parameters()}
 
 
+def _own_name(name: str) -> str:
+    """A parameter's name in its projector."""
+    return name.split(".", 2)[2] if name.startswith("projectors.") else name
+
+
 @dataclass
 class ScaleKDCase:
     """What the cases have in common: recorded inputs as leaves, losses under the method's name."""
 
+    names: ClassVar[tuple[str, ...]] = ()  # of inputs
     golden: Golden
     layout: Layout = LAYOUT
     terms: list[Term] = field(init=False)
@@ -101,6 +140,12 @@ class ScaleKDCase:
 
     def __post_init__(self) -> None:
         self.terms = [Term("scalekd", {}, 1.0)]
+        self._check()
+
+    def _check(self) -> None:
+        """Read the hyper-parameters that repeat shapes."""
+        golden = self.golden
+        check_fact(golden.hparams, "batch", golden.tensors.shape(f"in/{self._target_name()}")[0])
 
     def expected(self) -> Mapping[str, Output]:
         """Recorded outputs that have a counterpart."""
@@ -108,22 +153,48 @@ class ScaleKDCase:
 
     def _leaves(self) -> dict[str, Tensor]:
         """Fresh inputs; returns those with a recorded gradient."""
-        self.inputs = {name: value.clone() for name, value in self.golden.group("in/").items()}
+        recorded = self.golden.group("in/")
+        self.inputs = {name: recorded[name].clone() for name in self.names if name in recorded}
         found = {f"in/{name}": value for name, value in self.inputs.items() if f"grad/in/{name}" in self.golden.tensors}
         for leaf in found.values():
             leaf.requires_grad_()
         self.inputs = {name: self.golden.option.tensor(value) for name, value in self.inputs.items()}
         return found
 
+    def _target_name(self) -> str:
+        return "teacher_s4" if "in/teacher_s4" in self.golden.tensors else "teacher_feat"
+
     def _target(self) -> Tensor:
-        name = "teacher_s4" if "teacher_s4" in self.inputs else "teacher_feat"
-        return self.inputs[name]
+        return self.inputs[self._target_name()]
+
+    def _check_projector(self, block: HParams, feature: str, prefix: str, goal: str | None) -> None:
+        """Hyper-parameters of a projector from ``in/<feature>`` to the channels and grid of ``in/<goal>``."""
+        shapes = self.golden.tensors
+        _, channels, *grid = shapes.shape(f"in/{feature}")
+        # a table that queries from outside replace is there and not used
+        table = any(name.startswith(f"param/{prefix}") and name.endswith("table") for name in shapes)
+        facts: dict[str, Any] = {"student_dims": channels, "pos_hw": grid, "self_query": table}
+        if goal is not None:
+            _, channels, *grid = shapes.shape(f"in/{goal}")
+            facts |= {"teacher_dims": channels, "query_hw": grid}
+        for name, value in facts.items():
+            check_fact(block, name, value)
 
 
 class LossCase(ScaleKDCase):
     """The loss of given tokens."""
 
-    def run(self, changes: Mapping[str, Any]) -> Run:
+    names = ("tokens_spat", "tokens_freq", "teacher_feat")
+
+    def _check(self) -> None:
+        super()._check()
+        _, channels, side, _ = self.golden.tensors.shape("in/teacher_feat")
+        for name, value in {"channels": channels, "hw": side}.items():
+            check_fact(self.golden.hparams, name, value)
+        for name in ("dc_offset", "variant"):  # how the inputs were drawn; the loss of both variants is one
+            self.golden.hparams.get(name)
+
+    def run(self, change: Output = NO_CHANGE) -> Run:
         """Both views."""
         leaves = self._leaves()
         goal = _tokens(self._target())
@@ -141,7 +212,14 @@ class LossCase(ScaleKDCase):
 class CapCase(ScaleKDCase):
     """One projector."""
 
-    def run(self, changes: Mapping[str, Any]) -> Run:
+    names = ("student_feat", "teacher_feat", "query")
+
+    def _check(self) -> None:
+        super()._check()
+        hparams = self.golden.hparams
+        self._check_projector(hparams, "student_feat", "", self._target_name())
+
+    def run(self, change: Output = NO_CHANGE) -> Run:
         """The projector, and the spatial loss of its tokens."""
         hparams, leaves = self.golden.hparams, self._leaves()
         feature = self.inputs["student_feat"]
@@ -169,6 +247,11 @@ class CapCase(ScaleKDCase):
 class MethodCase(ScaleKDCase):
     """The method, with a teacher's last stage from recorded weights, and the losses recorded beside it."""
 
+    names = (
+        *("student_feat", "student_s3", "student_s4", "student_logits"),
+        *("teacher_feat", "teacher_s4", "teacher_logits"),
+    )
+
     def __post_init__(self) -> None:
         hparams = self.golden.hparams
         self.terms = [Term("scalekd", _options(hparams), 1.0)]
@@ -177,8 +260,27 @@ class MethodCase(ScaleKDCase):
             self.terms.append(Term("kd", {"temperature": kd["temp"]}, kd["alpha"]))
         if "ce" in hparams:
             self.terms.append(Term("task", _task(hparams["ce"]), 1 - kd["alpha"] if kd else 1.0))
+        self._check()
 
-    def run(self, changes: Mapping[str, Any]) -> Run:
+    def _check(self) -> None:
+        super()._check()
+        hparams, shapes = self.golden.hparams, self.golden.tensors
+        target = shapes.shape(f"in/{self._target_name()}")
+        if "in/student_logits" in shapes:
+            check_fact(hparams, "classes", shapes.shape("in/student_logits")[1])
+        hparams.get("is_vit")  # where the official student keeps its head
+        if hparams["part"] == "fd":
+            _, channels, *grid = shapes.shape("in/student_feat")
+            for name, value in {"student_dims": channels, "teacher_dims": target[1], "hw": grid}.items():
+                check_fact(hparams, name, value)
+        if hparams.get("t", {}).get("teacher") == "beit":
+            check_fact(hparams["t"], "grid", target[2])
+        for stage in ("s3", "s4"):
+            if stage in hparams:
+                goal = self._target_name() if stage == "s4" else None
+                self._check_projector(hparams[stage], f"student_{stage}", f"projectors.{stage}_", goal)
+
+    def run(self, change: Output = NO_CHANGE) -> Run:
         """All recorded methods on the recorded features and logits."""
         leaves = self._leaves()
         outputs = self._outputs()
@@ -187,7 +289,7 @@ class MethodCase(ScaleKDCase):
         values: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         for term in self.terms:
-            built = get_method(term.name)(term.config(changes), *shapes, part).double()
+            built = get_method(term.name)(term.config(change.options), *shapes, part).double()
             if isinstance(built, ScaleKD):
                 recorded = self.golden.group("param/")
                 leaves |= load_known(built, {k: v for k, v in recorded.items() if not k.startswith("teacher/")})
@@ -308,3 +410,6 @@ def _timm_name(name: str, replacements: Mapping[str, str]) -> str:
     for official, ours in replacements.items():
         name = name.replace(official, ours)
     return name
+
+
+CASES = {"scalekd": open_scalekd}
