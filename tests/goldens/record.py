@@ -117,7 +117,7 @@ class Golden:
     @classmethod
     def read(cls, file: Path, option: Option = PLAIN) -> Golden:
         """Read a file; floating-point tensors become float64."""
-        with safe_open(file, "pt") as stored:
+        with safe_open(file, "pt", device=str(torch.get_default_device())) as stored:
             metadata = stored.metadata() or {}
             tensors = {key: stored.get_tensor(key) for key in sorted(stored.keys())}
         return cls(
