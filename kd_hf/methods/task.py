@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target
@@ -19,7 +19,7 @@ class Task(Method):
 
     ``cross_entropy``: ``-1/B Σ_b Σ_k Y'_bk log p_bk`` with p = softmax(z); the part is called ``ce``.
     ``bce``: ``-1/B Σ_b R_k[Y'_bk log σ(z_bk) + (1 - Y'_bk) log(1 - σ(z_bk))]`` with R the mean or the sum
-    over classes; the part is called ``bce``.
+    over classes; the part is called ``bce``. With a threshold θ the targets are 1 where ``Y'_bk > θ``, else 0.
 
     Rows of mixed labels are used as they are. A sample without a label adds 0 and still counts in B.
     """
@@ -39,6 +39,17 @@ class Task(Method):
         """ε: the share of the target that is spread evenly over all classes."""
         bce_reduction: Literal["mean", "sum"] = "mean"
         """How `bce` runs over classes; `sum` is K times larger."""
+        bce_threshold: float | None = Field(None, ge=0, lt=1)
+        """θ: classes whose share of the target is larger are fully present for `bce`, the others not at all. DeiT's and
+        VkD's `--bce-loss` have 0, which needs `label_smoothing: 0`; by default the shares are used as they are."""
+
+        @model_validator(mode="after")
+        def _threshold_of_bce(self) -> Task.Config:
+            if self.bce_threshold is not None and self.loss != "bce":
+                raise ValueError("bce_threshold is for `loss: bce`")
+            if self.bce_threshold == 0 and self.label_smoothing > 0:
+                raise ValueError("with bce_threshold: 0 label smoothing makes every class present; set one of the two")
+            return self
 
     cfg: Config
 
@@ -66,5 +77,7 @@ class Task(Method):
         classes = logits.shape[1]
         smoothing = self.cfg.label_smoothing
         rows = (1 - smoothing) * target.rows(classes, logits.dtype) + smoothing / classes
+        if self.cfg.bce_threshold is not None:
+            rows = (rows > self.cfg.bce_threshold).to(rows.dtype)
         losses = F.binary_cross_entropy_with_logits(logits, rows, reduction="none")
         return losses.mean(1) if self.cfg.bce_reduction == "mean" else losses.sum(1)

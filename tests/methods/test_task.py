@@ -27,6 +27,12 @@ def test_equal_to_the_losses_of_timm():
     pairs = [
         ({"label_smoothing": 0.1}, None, LabelSmoothingCrossEntropy(0.1)(values, label)),
         ({"label_smoothing": 0.1}, rows, SoftTargetCrossEntropy()(values, smooth)),
+        ({"loss": "bce", "bce_threshold": 0.4}, rows, BinaryCrossEntropy(0.0, target_threshold=0.4)(values, rows)),
+        (
+            {"loss": "bce", "bce_threshold": 0.2, "label_smoothing": 0.1},
+            None,
+            BinaryCrossEntropy(0.1, target_threshold=0.2)(values, label),
+        ),
         ({"loss": "bce", "label_smoothing": 0.1}, None, BinaryCrossEntropy(0.1)(values, label)),
         ({"loss": "bce", "label_smoothing": 0.1}, rows, BinaryCrossEntropy(0.0)(values, smooth)),
         (
@@ -65,6 +71,7 @@ def test_the_distillation_head_is_not_read():
 
 
 def test_options_are_checked():
-    for wrong in ({"loss": "mse"}, {"label_smoothing": 1.0}, {"smoothing": 0.1}):
+    everything = {"loss": "bce", "bce_threshold": 0, "label_smoothing": 0.1}
+    for wrong in ({"loss": "mse"}, {"label_smoothing": 1.0}, {"smoothing": 0.1}, {"bce_threshold": 0.5}, everything):
         with pytest.raises(ValidationError):
             Task.Config(**wrong)

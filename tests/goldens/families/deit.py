@@ -50,7 +50,9 @@ def criterion(name: str, hparams: HParams) -> Mapping[str, Any]:
     """Options of `task` for a base criterion; soft targets come smoothed already. Raises Mismatch."""
     if name == "label_smoothing_ce":
         return {"label_smoothing": hparams["smoothing"]}
-    options: Mapping[str, Mapping[str, Any]] = {"soft_target_ce": {}, "ce": {}, "bce": {"loss": "bce"}}
+    # the binary one sees a class as present when it has any share
+    binary = {"loss": "bce", "bce_threshold": 0.0}
+    options: Mapping[str, Mapping[str, Any]] = {"soft_target_ce": {}, "ce": {}, "bce": binary}
     if name not in options:
         raise Mismatch(f"unknown base criterion '{name}'")
     return options[name]
