@@ -53,7 +53,7 @@ class CrossAttentionProjector(nn.Module):
         own_queries: bool,
     ) -> None:
         super().__init__()
-        channels, *self.keys = inputs
+        channels, *self.key_grid = inputs
         self.grid, self.heads, self.scale = grid, heads, scale * (outputs // heads) ** -0.5
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_norm = nn.BatchNorm2d(channels) if norm == "batch" else ChannelNorm(channels)
@@ -61,7 +61,9 @@ class CrossAttentionProjector(nn.Module):
         self.table = nn.Parameter(torch.randn(grid[0] * grid[1], outputs)) if own_queries else None
         self.query_in = nn.Linear(outputs, outputs)
         self.query = nn.Linear(outputs, outputs)
-        self.key_value = nn.Linear(channels, 2 * outputs)
+        # two layers, as the authors have them: LAMB scales the step of each tensor by its own length
+        self.key = nn.Linear(channels, outputs)
+        self.value = nn.Linear(channels, outputs)
         self.out = nn.Linear(outputs, outputs)
         self.norm = nn.LayerNorm(outputs)
         self.expand = nn.Linear(outputs, 4 * outputs)
@@ -69,8 +71,8 @@ class CrossAttentionProjector(nn.Module):
 
     def forward(self, feature: Tensor, queries: Tensor | None = None) -> Tensor:
         """``[B, C_s, H, W]`` and, without an own table, queries ``[B, M, C_t]`` → tokens ``[B, M, C_t]``."""
-        seen = F.relu(self.conv_norm(self.conv(feature))) + self.position
-        key, value = self.key_value(seen.flatten(2).transpose(1, 2)).chunk(2, dim=-1)
+        seen = (F.relu(self.conv_norm(self.conv(feature))) + self.position).flatten(2).transpose(1, 2)
+        key, value = self.key(seen), self.value(seen)
         if self.table is not None:
             queries = self.table[None]  # what is the same for all images is computed once
         assert queries is not None
@@ -82,10 +84,10 @@ class CrossAttentionProjector(nn.Module):
 
     def macs(self) -> int:
         """Multiply–accumulates per image."""
-        height, width = self.keys
+        height, width = self.key_grid
         keys, queries, channels = height * width, self.grid[0] * self.grid[1], self.query.out_features
         dense = [self.out, self.expand, self.contract] + ([] if self.table is not None else [self.query_in, self.query])
-        per_key = self.conv.weight.numel() + self.key_value.weight.numel()
+        per_key = sum(layer.weight.numel() for layer in (self.conv, self.key, self.value))
         per_query = sum(layer.weight.numel() for layer in dense) + 2 * keys * channels
         return keys * per_key + queries * per_query
 

@@ -199,16 +199,11 @@ class CrossAttentionProjector(nn.Module):
 
     def __init__(self, ours):
         super().__init__()
-        width = ours.query.out_features
         self.conv, self.conv_norm, self.position, self.table = ours.conv, ours.conv_norm, ours.position, ours.table
         self.query_in, self.query, self.out, self.norm = ours.query_in, ours.query, ours.out, ours.norm
         self.expand, self.contract = ours.expand, ours.contract
         self.heads, self.scale = ours.heads, ours.scale
-        self.key, self.value = (nn.Linear(ours.key_value.in_features, width) for _ in range(2))
-        with torch.no_grad():
-            for half, layer in enumerate((self.key, self.value)):
-                layer.weight.copy_(ours.key_value.weight.chunk(2)[half])
-                layer.bias.copy_(ours.key_value.bias.chunk(2)[half])
+        self.key, self.value = ours.key, ours.value
 
     def forward(self, feature, queries=None):
         seen = F.relu(self.conv_norm(self.conv(feature))) + self.position

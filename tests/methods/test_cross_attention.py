@@ -30,7 +30,7 @@ def by_hand(module, x, queries):
     """The docstring's equations, one head at a time."""
     k = F.relu(module.conv_norm(module.conv(x))) + module.position
     k = k.flatten(2).transpose(1, 2)
-    key, value = k @ module.key_value.weight[:12].T + module.key_value.bias[:12], module.key_value(k)[..., 12:]
+    key, value = k @ module.key.weight.T + module.key.bias, k @ module.value.weight.T + module.value.bias
     query = module.query(F.relu(module.query_in(queries)))
     heads = []
     for h in range(module.heads):

@@ -31,7 +31,8 @@ LAYOUT = Layout(
         "proj_student.1.": "conv_norm.",
         "proj_pos.0.": "query_in.",
         "pos_attention.q.": "query.",
-        "pos_attention.k.": "key_value.",
+        "pos_attention.k.": "key.",
+        "pos_attention.v.": "value.",
         "pos_attention.proj.": "out.",
         "norm.": "norm.",
         "ffn.layers.0.0.": "expand.",
@@ -86,7 +87,7 @@ def open_scalekd(golden: Golden) -> Case:
 
 
 def in_our_names(golden: Golden) -> Golden:
-    """The same file with parameters and their gradients as our modules hold them; keys and values are one layer."""
+    """The same file with parameters and their gradients as our modules hold them."""
     tensors = {}
     for key, value in golden.tensors.items():
         prefix = next((prefix for prefix in ("grad/param/", "param/") if key.startswith(prefix)), "")
@@ -98,10 +99,6 @@ def in_our_names(golden: Golden) -> Golden:
         owner = ""
         if stage:
             owner, rest = f"projectors.{stage.rstrip('.')}_{VIEWS[int(rest[0])]}.", rest[2:]
-        if rest.startswith("pos_attention.v."):
-            continue
-        if rest.startswith("pos_attention.k."):
-            value = torch.cat([value, golden.tensors[key.replace("pos_attention.k.", "pos_attention.v.")]])
         shape = {"pos_embed": value.shape[1:], "proj_pos.0.weight": value.shape[:2], "align.weight": value.shape[:2]}
         owner = "projectors.s4_spatial." if rest.startswith("align.") else owner
         tensors[prefix + owner + rename(rest, LAYOUT.parameters)] = value.reshape(shape.get(rest, value.shape))
