@@ -254,6 +254,8 @@ class EmaConfig(Block):
     """An exponential moving average of the student's weights."""
 
     decay: float = Field(0.9999, gt=0, lt=1)
+    start: Literal["initial_weights", "first_step"] = "initial_weights"
+    """Whether the average starts from the initial weights (DeiT, mmcv) or those after the first step (mmengine)."""
     warmup: bool = False
     """Raise the decay from 0 at the start, as timm's `use_warmup`."""
     buffers: Literal["average", "copy"] = "average"
@@ -288,8 +290,12 @@ class TrainConfig(Block):
     layer_decay: float | None = Field(None, gt=0, le=1)
     lr_scheduler_type: Literal["cosine", "linear", "step", "multistep", "constant"] = "cosine"
     lr_schedule_on: Literal["step", "epoch", "epoch_after_warmup"] = "step"
-    """Whether the learning rate moves at every step or at epoch ends. `epoch_after_warmup` warms up at every step, and
-    its curve then spans the epochs that are left (mmengine); otherwise the curve spans the whole run (timm)."""
+    """Whether the learning rate moves at every step or at epoch ends. `epoch_after_warmup` warms up at every step, the
+    last of which has the full rate, and its curve then spans the epochs that are left (mmengine); otherwise the step
+    after the warm-up is the first at the full rate, and the curve spans the whole run (timm)."""
+    lr_schedule_lag: DurationField = Duration(0.0, "steps")
+    """How far the schedule is behind: official loops that set the rate after a step or an epoch, and not before it,
+    take two of them at the first rate (`1 epochs` in DeiT's)."""
     warmup_steps: DurationField = Duration(0.0, "steps")
     """`5 epochs`, `500 steps`, 500, or a ratio of the run below 1."""
     warmup_lr: float = Field(0.0, ge=0)

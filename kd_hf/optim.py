@@ -103,21 +103,24 @@ class LrSchedule:
 
     def __init__(self, optimizer: Optimizer, cfg: TrainConfig, total_steps: int, steps_per_epoch: int) -> None:
         self.optimizer = optimizer
+        self.lag = cfg.lr_schedule_lag.steps(total_steps, steps_per_epoch)
         warmup = cfg.warmup_steps.steps(total_steps, steps_per_epoch)
         at = [milestone.steps(total_steps, steps_per_epoch) for milestone in cfg.lr_decay_at]
         unit = 1 if cfg.lr_schedule_on == "step" else steps_per_epoch
         if cfg.lr_schedule_on == "epoch_after_warmup":
-            # two curves: steps up to the end of the warm-up, then epochs counted from there
+            # two curves: steps up to the last of the warm-up, which has the full rate, then epochs counted from there
+            later = [step - warmup for step in at]
             self.curves: tuple[_Curve, ...] = (
-                _Curve(optimizer, cfg, 1, warmup, max(warmup, 2), []),
-                _Curve(optimizer, cfg, unit, 0, total_steps - warmup, [step - warmup for step in at], start=warmup),
+                _Curve(optimizer, cfg, "constant", 1, warmup - 1, warmup, []),
+                _Curve(optimizer, cfg, cfg.lr_scheduler_type, unit, 0, total_steps - warmup, later, start=warmup),
             )
         else:
-            self.curves = (_Curve(optimizer, cfg, unit, warmup, total_steps, at),)
+            self.curves = (_Curve(optimizer, cfg, cfg.lr_scheduler_type, unit, warmup, total_steps, at),)
 
     def set(self, step: int) -> float:
         """Set the rate for the step about to be taken; returns it as it is without layer decay."""
-        next(curve for curve in reversed(self.curves) if step >= curve.start).set(step)
+        position = max(0, step - self.lag)
+        next(curve for curve in reversed(self.curves) if position >= curve.start).set(position)
         first = self.optimizer.param_groups[0]
         return float(first["lr"] / first.get("lr_scale", 1.0))
 
@@ -129,6 +132,7 @@ class _Curve:
         self,
         optimizer: Optimizer,
         cfg: TrainConfig,
+        kind: str,
         unit: int,
         warmup: int,
         length: int,
@@ -141,7 +145,7 @@ class _Curve:
         # where only the first rate is used, which is the same for 2
         units = max(2, math.ceil(length / unit))
         at = sorted(self._units(milestone) for milestone in milestones)
-        self.scheduler = _SCHEDULERS[cfg.lr_scheduler_type](optimizer, cfg, units, at, common)
+        self.scheduler = _SCHEDULERS[kind](optimizer, cfg, units, at, common)
 
     def _units(self, steps: int) -> int:
         return max(0, round(steps / self.unit))

@@ -66,8 +66,10 @@ class Trainable:
 
     def average(self, step: int) -> None:
         """Move the average towards the weights after a step counted from 1."""
-        if self.ema is not None:
-            self.ema.update(self.plain.student, step=step)
+        if self.ema is not None and self.args.ema is not None:
+            # timm copies the weights at the update that it is told is the first
+            counted = step if self.args.ema.start == "first_step" else step + 1
+            self.ema.update(self.plain.student, step=counted)
 
     # ---------------------------------------------------------------------------------------- files
 

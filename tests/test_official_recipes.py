@@ -28,9 +28,9 @@ STEPS = 10  # an epoch of this many steps, where a rate is asked for
 
 TRAIN: Values = {
     "gradient_accumulation_steps": 1, "max_steps": None, "momentum": 0.9, "optim_args": {}, "layer_decay": None,
-    "decay_norm_and_bias": False, "lr_schedule_on": "step", "warmup_steps": "0 steps", "warmup_lr": 0.0, "min_lr": 0.0,
-    "lr_decay_at": [], "lr_decay_rate": 0.1, "max_grad_norm": None, "ema": None, "bf16": False, "fp16": False,
-    "sync_batchnorm": False, "load_best_model_at_end": False, "no_weight_decay": [],
+    "decay_norm_and_bias": False, "lr_schedule_on": "step", "lr_schedule_lag": "0 steps", "warmup_steps": "0 steps",
+    "warmup_lr": 0.0, "min_lr": 0.0, "lr_decay_at": [], "lr_decay_rate": 0.1, "max_grad_norm": None, "ema": None,
+    "bf16": False, "fp16": False, "sync_batchnorm": False, "load_best_model_at_end": False, "no_weight_decay": [],
 }  # fmt: skip
 AUGMENT: Values = {
     "crop": {"kind": "random_resized", "scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "padding": 4}, "hflip": 0.5,
@@ -87,15 +87,16 @@ MMCLS_TRANSFORMER = training(
 DEIT = training(
     {
         "optim": "adamw", "weight_decay": 0.05, "num_train_epochs": 300.0, "lr_scheduler_type": "cosine",
-        "lr_schedule_on": "epoch", "warmup_steps": "5 epochs", "warmup_lr": 1e-6, "min_lr": 1e-5,
-        "ema": {"decay": 0.99996, "warmup": False, "buffers": "average", "export": False},
+        "lr_schedule_on": "epoch", "lr_schedule_lag": "1 epochs", "warmup_steps": "5 epochs",
+        "warmup_lr": 1e-6, "min_lr": 1e-5,
+        "ema": {"decay": 0.99996, "start": "initial_weights", "warmup": False, "buffers": "average", "export": False},
     },
     {**STRONG, "repeats": 3}, "bicubic", 0.1,
 )  # fmt: skip
 VKD = training(
     {
         "optim": "adamw", "learning_rate": 5e-4, "weight_decay": 0.05, "num_train_epochs": 300.0,
-        "lr_scheduler_type": "cosine", "min_lr": 5e-6, "fp16": True,
+        "lr_scheduler_type": "cosine", "lr_schedule_lag": "1 steps", "min_lr": 5e-6, "fp16": True,
     },
     {**MIXED, "auto_augment": "3a", "color_jitter": 0.3}, "bicubic", 0.1,
 )  # fmt: skip
@@ -133,7 +134,7 @@ def per_gpu(batch: int) -> Values:
     return {"data": {"augment": {"mix_group": batch}}}
 
 
-AVERAGED = {"train": {"ema": {"decay": 0.99996, "warmup": False, "buffers": "average", "export": True}}}
+AVERAGED = {"train": {"ema": {**DEIT["train"]["ema"], "export": True}}}
 LARGE, SMALL = {"train": {"learning_rate": 1e-3, "fp16": True}}, {"train": {"learning_rate": 5e-4}}
 DROP = {"student": {"drop_path": 0.1}}
 

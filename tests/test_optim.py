@@ -246,10 +246,25 @@ def test_a_curve_that_begins_where_the_warm_up_ends(kind):
         min_lr=0.02,
     )
     values = rates(cfg, steps=100, epoch=10)
-    assert values[:20] == pytest.approx([0.01 + 0.09 * step / 20 for step in range(20)])
+    assert values[:20] == pytest.approx([0.01 + 0.09 * step / 19 for step in range(20)])
     shapes = {"cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "linear": lambda x: 1 - x}
     expected = [0.02 + 0.08 * shapes[kind]((step - 20) // 10 / 8) for step in range(20, 100)]
     assert values[20:] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup", ["0 steps", "1 steps", "2 steps"])
+def test_a_short_warm_up_before_a_curve(warmup):
+    cfg = config(lr_schedule_on="epoch_after_warmup", lr_scheduler_type="constant", warmup_steps=warmup, warmup_lr=0.01)
+    assert rates(cfg)[:3] == pytest.approx([0.01 if warmup == "2 steps" else 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("mode", ["step", "epoch", "epoch_after_warmup"])
+@pytest.mark.parametrize(("lag", "steps"), [("1 steps", 1), ("1 epochs", EPOCH)])
+def test_a_schedule_that_is_behind(mode, lag, steps):
+    """The authors of DeiT and VkD set the rate after an epoch or a step: the first two have the first rate."""
+    options = {"lr_schedule_on": mode, "warmup_steps": "2 epochs", "warmup_lr": 0.01, "min_lr": 0.001}
+    prompt, late = rates(config(**options)), rates(config(**options, lr_schedule_lag=lag))
+    assert late == [prompt[0]] * steps + prompt[:-steps]
 
 
 def test_milestones_after_a_warm_up_of_steps():

@@ -216,6 +216,22 @@ def test_average_is_exported_and_both_are_measured(tmp_path):
     assert not all(raw[f"network.{key}"].equal(value) for key, value in saved.items())
 
 
+@pytest.mark.parametrize("start", ["initial_weights", "first_step"])
+def test_where_the_average_starts(tmp_path, start):
+    """Of plain SGD's weights, which differ at every step; the default is the definition, from the initial weights."""
+    given = {} if start == "initial_weights" else {"start": start}
+    options = {"ema": {"decay": 0.9, **given}, "optim": "momentum", "max_steps": 3, "eval_strategy": "no"}
+    trainer = DistillTrainer(recipe(tmp_path, {"train": {**options, "gradient_accumulation_steps": 2}}))
+    weight = next(trainer.parts.student.network.parameters())
+    expected, feed = weight.detach().clone(), trainer.feed()
+    for step in range(3):
+        trainer.step(feed)
+        trainer.state.global_step += 1
+        copied = start == "first_step" and step == 0
+        expected = weight.detach().clone() if copied else 0.9 * expected + 0.1 * weight.detach()
+    torch.testing.assert_close(next(trainer.trained.ema.module.parameters()), expected)
+
+
 PAIRS = {
     "timm": (
         {"model": "deit_tiny_patch16_224", "kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}},
