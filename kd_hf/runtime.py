@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -74,7 +75,8 @@ def require_determinism() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product opens cuBLAS
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # finds reads of it, at the price of writing it all
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # finds reads of it, at the price of writing it all
 
 
 @contextmanager

@@ -140,13 +140,14 @@ def _settle_root(module: nn.Module) -> None:
 
 def _own_storage(module: nn.Module, args: tuple[Any, ...], output: Outputs) -> Outputs:
     """Copy taps that are views: FSDP2 cannot follow a view that a method changes in place, and says so."""
-    _show_tensors(type(output))
+    kind: Any = type(output)  # mypy takes the class of unhashable instances for unhashable
+    _show_tensors(kind)
     taps = {tap: value.clone() if value._is_view() else value for tap, value in output.taps.items()}
     return replace(output, taps=taps)
 
 
 @cache
-def _show_tensors(kind: type[Outputs]) -> None:
+def _show_tensors(kind: type[Any]) -> None:
     """Tell torch which tensors outputs hold: FSDP2 up to torch 2.11 gathers weights for the backward pass by them."""
     torch.export.register_dataclass(kind)
 
