@@ -311,7 +311,9 @@ class TrainConfig(Block):
     bf16: bool = False
     fp16: bool = False
     torch_compile: bool = False
-    channels_last: bool = False
+    channels_last: bool | None = None
+    """Keep maps with their channels last in memory. By default on a GPU in half precision, whose kernels for
+    BatchNorm and convolutions want it, unless a network is sharded; nowhere else."""
     activation_checkpointing: bool = False
     sync_batchnorm: bool = False
     """Statistics of the student's BatchNorm over all processes (GPUs only); methods' own norms stay local."""
@@ -352,6 +354,11 @@ class TrainConfig(Block):
         if self.lr_scheduler_type == "step" and len(self.lr_decay_at) > 1:
             raise ValueError("`lr_scheduler_type: step` has one period in `lr_decay_at`; use multistep for milestones")
         return self
+
+    def lies_channels_last(self, device: str, sharded: bool = False) -> bool:
+        """Whether networks on a device of this type keep their maps with channels last."""
+        usual = device == "cuda" and (self.bf16 or self.fp16) and not sharded
+        return usual if self.channels_last is None else self.channels_last
 
     def is_due(self, what: Literal["eval", "save"], step: int, epoch_end: bool) -> bool:
         """Whether `eval_strategy` or `save_strategy` asks for something after a step."""

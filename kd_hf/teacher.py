@@ -46,7 +46,7 @@ class Teacher:
         self.dtype = _DTYPES[mixed if cfg.dtype == "auto" else cfg.dtype]
         handle.network.requires_grad_(False)
         self.model = model.to(self.dtype)
-        if args.channels_last:
+        if args.lies_channels_last(device.type, sharded=cfg.shard):
             model.to(memory_format=torch.channels_last)
         if args.torch_compile:
             model.compile()

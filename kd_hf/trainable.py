@@ -41,7 +41,7 @@ class Trainable:
         steps_per_epoch: int,
     ) -> None:
         args = recipe.train
-        if args.channels_last:
+        if args.lies_channels_last(accelerator.device.type, sharded=accelerator.is_fsdp2):
             module.to(memory_format=torch.channels_last)
         if args.sync_batchnorm and accelerator.num_processes > 1:
             module.student = nn.SyncBatchNorm.convert_sync_batchnorm(module.student)

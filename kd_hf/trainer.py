@@ -105,6 +105,7 @@ class DistillTrainer:
         objects |= {"optimizer": self.trained.optimizer, "lr_scheduler": self.trained.schedule}
         self.callbacks = CallbackList(self.args, callbacks, objects)
         self.corrupt: set[int] = set()
+        self.skipped_steps = 0  # by this process's scaler since it started
         self._seconds_before, self._clock = 0.0, time.perf_counter()
         self._evaluated_at = -1
         self.callbacks.call("on_init_end", self.state, self.control)
@@ -259,6 +260,9 @@ class DistillTrainer:
             return
         self.callbacks.call("on_pre_optimizer_step", self.state, self.control)
         self.trained.optimizer.step()
+        self.skipped_steps += (
+            self.accelerator.optimizer_step_was_skipped
+        )  # float16 overflowed; the scaler lowers its scale
         self.callbacks.call("on_optimizer_step", self.state, self.control)
         self.trained.optimizer.zero_grad()
 
@@ -352,6 +356,8 @@ class DistillTrainer:
         rate = self.journal.progress.rate(step)
         values = {**means, "lr": self.learning_rate, "images_per_second": rate}
         values |= {f"weight/{name}": weight for name, weight in self.weights(step - 1).items()}
+        if self.skipped_steps:
+            values["skipped_steps"] = self.skipped_steps
         if self.corrupt:
             values["corrupt_images"] = len(self.corrupt)
         self.log(values)

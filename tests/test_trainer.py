@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from kd_hf.callbacks import read_log
 from kd_hf.checkpoint import list_checkpoints, load_objects, read_state, step_of
+from kd_hf.config import TrainConfig
 from kd_hf.errors import UserError
 from kd_hf.models.load import load_model
 from kd_hf.train import train_recipe
@@ -354,3 +356,38 @@ def test_own_code_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DistillTrainer(recipe(tmp_path, EVERYTHING, {"train": {"max_steps": 2}})).train()
+
+
+class Overflows(torch.amp.GradScaler):
+    """A scaler on a CPU whose first step has gradients that are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", init_scale=2.0**126)
+
+
+def test_steps_that_half_precision_overflows_are_counted_in_the_log(tmp_path):
+    trainer = DistillTrainer(recipe(tmp_path))
+    trainer.accelerator.scaler = Overflows()
+    trainer.trained.optimizer = AcceleratedOptimizer(
+        trainer.trained.optimizer.optimizer, device_placement=False, scaler=trainer.accelerator.scaler
+    )
+    trainer.accelerator._optimizers = [trainer.trained.optimizer]
+    trainer.train()
+    counts = [line.get("skipped_steps", 0) for line in read_log(tmp_path) if "loss" in line]
+    assert counts == sorted(counts) and counts[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "sharded", "expected"),
+    [
+        ("cuda", {"bf16": True}, False, True),
+        ("cuda", {"fp16": True}, False, True),
+        ("cuda", {}, False, False),
+        ("cuda", {"bf16": True}, True, False),
+        ("cuda", {"bf16": True, "channels_last": False}, False, False),
+        ("cpu", {"bf16": True}, False, False),
+        ("cpu", {"channels_last": True}, False, True),
+    ],
+)
+def test_channels_last_by_default_on_gpus_in_half_precision(device, options, sharded, expected):
+    assert TrainConfig(output_dir=".", **options).lies_channels_last(device, sharded) == expected

@@ -135,7 +135,7 @@ class BarePair:
         device, args = accelerator.device, recipe.train
         parts = assemble(recipe.model_copy(update={"methods": {}}), num_classes)
         self.student = parts.student.network.to(device).train()
-        if args.channels_last:
+        if args.lies_channels_last(device.type):
             self.student.to(memory_format=torch.channels_last)
         self.teachers = []
         for name, cfg in recipe.all_teachers().items():
