@@ -14,7 +14,7 @@ from kd_hf.data.draws import hash_key
 from kd_hf.distill import Choice, DistillModule, build_methods, choose_methods, taps_of
 from kd_hf.errors import UserError
 from kd_hf.models.handle import ModelHandle
-from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
+from kd_hf.models.info import ModelInfo, Preprocessing, Samples, Shapes
 from kd_hf.models.parts import live_part
 from kd_hf.models.recompute import enable_checkpointing
 from kd_hf.models.taps import Tapped
@@ -69,6 +69,7 @@ def assemble(
     num_classes: int | None = None,
     device: str | torch.device = "cpu",
     given: Mapping[str, ModelHandle] | None = None,
+    samples: Samples | None = None,
 ) -> Assembly:
     """Build networks and methods.
 
@@ -77,6 +78,7 @@ def assemble(
         num_classes: classes of the data, for the student's head; the student's own when None.
         device: "meta" builds shapes only, without memory or weights.
         given: networks that exist already, by name; the recipe's block of one says only how it is used.
+        samples: the training images, for methods that keep something of each; without, such a method cannot train.
     """
     seed, task = recipe.train.seed, task_of(recipe)
     torch.manual_seed(hash_key(seed, "student") & 0x7FFFFFFFFFFFFFFF)
@@ -107,7 +109,7 @@ def assemble(
     own = {part: live_part(student, part) for choice in choices for part in choice.needs.student_parts}
     torch.manual_seed(hash_key(seed, "methods") & 0x7FFFFFFFFFFFFFFF)
     with torch.device(device):
-        methods = build_methods(choices, shapes["student"], shapes, parts, own)
+        methods = build_methods(choices, shapes["student"], shapes, parts, own, samples)
     if recipe.train.activation_checkpointing:
         enable_checkpointing(student.network)
     module = DistillModule(tapped, methods, choices)

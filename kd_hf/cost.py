@@ -128,10 +128,11 @@ def _saved_bytes(model: nn.Module, run: Callable[[], None]) -> int:
     return sum(kept.values())
 
 
-def memory_bytes(parts: Assembly, cost: StepCost, train: TrainConfig) -> dict[str, int]:
-    """An estimate of one process's memory, by what it holds."""
+def memory_bytes(parts: Assembly, cost: StepCost, train: TrainConfig, images: int = 0) -> dict[str, int]:
+    """An estimate of one process's memory, by what it holds; `images` are those of the training set."""
     trained = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
     student = sum(p.numel() for p in parts.module.student.parameters())
+    banks = sum(method.cost().sample_bytes for _, method in parts.module.named_methods())
     half = train.bf16 or train.fp16
     teachers = sum(handle.info.parameters for handle in parts.teachers.values())
     found = {
@@ -139,6 +140,7 @@ def memory_bytes(parts: Assembly, cost: StepCost, train: TrainConfig) -> dict[st
         "gradients": 4 * trained,
         "optimiser": 4 * trained * _STATES.get(train.optim.lower(), 2),
         "average": 4 * student if train.ema else 0,
+        "banks": banks * images,
         "teachers": (2 if half else 4) * teachers,
         # autocast keeps most activations in half precision
         "activations": cost.activation_bytes * train.per_device_train_batch_size // (2 if half else 1),

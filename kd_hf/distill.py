@@ -17,7 +17,7 @@ from kd_hf.data.mix import is_mixing
 from kd_hf.errors import UserError, nearest
 from kd_hf.methods import get_method
 from kd_hf.methods.base import OF_STUDENT, Method, MethodConfig, Moment, Needs, Outputs, Target
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.models.info import ModelInfo, Samples, Shapes
 from kd_hf.models.taps import Tapped
 from kd_hf.task import task_of
 
@@ -95,10 +95,38 @@ def _check_complement(choice: Choice, others: Sequence[str]) -> None:
 
 
 def _check_labels(choice: Choice, data: DataConfig) -> None:
+    if choice.needs.samples and data.augment.repeats > 1:
+        raise UserError(
+            f"methods.{choice.name} keeps something of every training image, of which a batch may show one view only; "
+            f"data.augment.repeats is {data.augment.repeats}: set it to 1, or use another method"
+        )
     if choice.needs.labels == "hard" and is_mixing(data.augment):
         raise UserError(
             f"methods.{choice.name} is defined for index labels only, and data.augment mixes images (mixup, cutmix); "
             "turn mixing off, or use a method for mixed labels (kd, nkd, deit_soft)"
+        )
+
+
+def check_batch(choices: Sequence[Choice], per_device: int, processes: int) -> None:
+    """Refuse a batch of so few images that a loss which compares them with each other has nothing to learn from.
+
+    Args:
+        choices: what the recipe chose.
+        per_device: images of a process in a micro step.
+        processes: that train together.
+
+    Raises:
+        UserError: naming the loss and what would help.
+    """
+    for choice in choices:
+        least, images = choice.method.least_images, per_device * (processes if choice.needs.gathered else 1)
+        if images >= least:
+            continue
+        gatherable = "gather" in type(choice.config).model_fields and per_device * processes >= least
+        raise UserError(
+            f"methods.{choice.name} compares the images of a batch with each other and learns nothing from fewer than "
+            f"{least}, but train.per_device_train_batch_size is {per_device}; raise it"
+            + (f", or set methods.{choice.name}.gather: true" if gatherable else "")
         )
 
 
@@ -203,6 +231,7 @@ def build_methods(
     teachers: Mapping[str, Shapes],
     parts: Mapping[str, Mapping[str, nn.Module]],
     student_parts: Mapping[str, nn.Module] = MappingProxyType({}),
+    samples: Samples | None = None,
 ) -> dict[str, Method]:
     """Build the chosen methods from the shapes of their taps.
 
@@ -212,10 +241,12 @@ def build_methods(
         teachers: shapes keyed by tap name, by teacher.
         parts: live teacher modules by part name, by teacher.
         student_parts: live modules of the student by part name.
+        samples: the training images, where they are known.
     """
     built = {}
     for choice in choices:
         seen = _shapes_by_role(student, choice.needs.student)
+        seen = replace(seen, samples=samples) if choice.needs.samples else seen
         taught = _shapes_by_role(teachers[choice.teacher], choice.needs.teacher) if choice.teacher else None
         live = {part: parts[choice.teacher][part] for part in choice.needs.parts} if choice.teacher else {}
         live |= {f"{OF_STUDENT}{part}": student_parts[part] for part in choice.needs.student_parts}

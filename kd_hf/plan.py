@@ -35,6 +35,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     """
     from kd_hf.assemble import assemble, with_untrained_teachers
     from kd_hf.cost import memory_bytes, step_cost
+    from kd_hf.distill import check_batch
     from kd_hf.recipe import recipe_hash
     from kd_hf.store.reader import check_methods
 
@@ -42,10 +43,12 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     num_classes = _num_classes(recipe)
     parts = assemble(described, num_classes=num_classes, device="meta")
     train = recipe.train
+    check_batch(parts.choices, train.per_device_train_batch_size, processes)
     batch = train.per_device_train_batch_size * processes * train.gradient_accumulation_steps
     stores = {name: cfg.store for name, cfg in recipe.all_teachers().items() if cfg.store}
     check_methods(parts.choices, dict.fromkeys(stores))
     cost = step_cost(parts)
+    images = _KNOWN_SIZES.get(recipe.data.path)
     run = replace(cost, flops={name: 0 if name in stores else flops for name, flops in cost.flops.items()})
     held = replace(parts, teachers={name: net for name, net in parts.teachers.items() if name not in stores})
     return {
@@ -61,7 +64,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "length": _length(recipe, batch),
         "cost_over_plain_training": round(run.relative, 2),
         "memory_per_process_gib": {
-            name: round(size / 2**30, 2) for name, size in memory_bytes(held, run, train).items()
+            name: round(size / 2**30, 2) for name, size in memory_bytes(held, run, train, images or 0).items()
         },
         "augmentation": _random(recipe),
         "order": "the image at (seed, epoch, position) is a pure function: the same on any number of processes "
@@ -69,6 +72,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "gates": {name: _gate(recipe, name) for name in recipe.all_teachers() if name not in stores},
         "stores": stores,
         "batch_coupled": [choice.name for choice in parts.choices if choice.needs.batch_coupled],
+        "gathered": [choice.name for choice in parts.choices if choice.needs.gathered],
         "warnings": _warnings(parts),
     }
 
@@ -136,6 +140,13 @@ def _warnings(parts: Assembly) -> list[str]:
     for name, handle in (("student", parts.student), *parts.teachers.items()):
         if not handle.info.stages and not handle.info.blocks and not boxes:
             found.append(f"{name}: {handle.info.name} is of a family without named stages or blocks")
+    banks = {name: method.cost().sample_bytes for name, method in parts.module.named_methods()}
+    if parts.recipe.data.path not in _KNOWN_SIZES:
+        found += [
+            f"{name} keeps {size:,} bytes of every training image, which are not counted here: no data is read"
+            for name, size in banks.items()
+            if size
+        ]
     if len(parts.choices) == 1 and parts.teachers:
         found.append("no method reads the teacher")
     return found
@@ -219,9 +230,13 @@ def describe(plan: dict[str, Any]) -> str:
     ]
     lines += [_describe_gate(name, gate) for name, gate in plan["gates"].items()]
     lines += [f"stored     {name} does not run: its outputs are read from {at}" for name, at in plan["stores"].items()]
-    if plan["batch_coupled"]:
-        names = ", ".join(plan["batch_coupled"])
+    whole = plan["gathered"]
+    local = [name for name in plan["batch_coupled"] if name not in whole]
+    if local:
+        names = ", ".join(local)
         lines.append(f"coupled    {names}: this loss mixes the images of one process's batch, so its size matters")
+    if whole:
+        lines.append(f"coupled    {', '.join(whole)}: this loss mixes the images of all processes, gathered every step")
     lines += [f"warning    {text}" for text in plan["warnings"]]
     return "\n".join(lines)
 

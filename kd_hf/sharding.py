@@ -6,9 +6,9 @@ continued with or without sharding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -109,7 +109,11 @@ def prepare(
         info: facts of the student.
         average: the student's moving average, changed in place.
     """
+    equal = {f"methods.{name}.{buffer}" for name, method in module.named_methods() for buffer in method.kept_equal}
     if not accelerator.is_fsdp2:
+        # DDP looks here for what it need not send before every step
+        wrapped_module: Any = module
+        wrapped_module._ddp_params_and_buffers_to_ignore = sorted(equal)
         return accelerator.prepare(module, optimizer)
     # accelerate shards the classes a model lists here; the student is one unit too, as evaluation runs it alone
     units = [*shard_units(module.student.network, info), module.student]
@@ -121,7 +125,7 @@ def prepare(
     prepared, wrapped = accelerator.prepare(module, optimizer)
     if accelerator.mixed_precision != "no":
         prepared.forward = convert_outputs_to_fp32(accelerator.autocast()(prepared.forward))
-    prepared.register_forward_pre_hook(_share_buffers)
+    prepared.register_forward_pre_hook(partial(_share_buffers, equal))
     _settle_root(prepared)
     if average is not None:
         first: Any = next(module.student.parameters())
@@ -152,11 +156,12 @@ def _show_tensors(kind: type[Any]) -> None:
     torch.export.register_dataclass(kind)
 
 
-def _share_buffers(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Give every process the first one's buffers before a training step, as DistributedDataParallel does."""
+def _share_buffers(equal: Collection[str], module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Give every process the first one's buffers before a training step, as DDP does; not those `equal` anyway."""
     if module.training:
-        for buffer in module.buffers():
-            distributed.broadcast(buffer, 0)
+        for name, buffer in module.named_buffers():
+            if name not in equal:
+                distributed.broadcast(buffer, 0)
 
 
 def whole(state: Any, keep: bool = True) -> Any:

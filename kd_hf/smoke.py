@@ -11,6 +11,7 @@ from kd_hf.assemble import with_untrained_teachers
 from kd_hf.config import HubConfig, Recipe
 from kd_hf.errors import UserError
 from kd_hf.evaluation import runner
+from kd_hf.methods import get_method
 from kd_hf.task import task_of
 from kd_hf.trainer import DistillTrainer
 
@@ -25,7 +26,9 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
     described = with_untrained_teachers(recipe)
     untrained = {"pretrained": False}
     # the loss on mixed images pairs neighbours, repeated augmentation divides the batch
-    batch = math.lcm(2, recipe.data.augment.repeats)
+    unit = math.lcm(2, recipe.data.augment.repeats)
+    least = max((get_method(recipe.method_of(name)).least_images for name in recipe.methods), default=1)
+    batch = unit * -(-least // unit)
     gate = {name: cfg.gate.model_copy(update={"enabled": False}) for name, cfg in described.all_teachers().items()}
     teachers = {
         name: cfg.model_copy(update={**untrained, "gate": gate[name]}) for name, cfg in described.all_teachers().items()

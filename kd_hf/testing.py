@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from kd_hf.errors import UserError
 from kd_hf.methods.base import OF_STUDENT, Method, MethodConfig, Moment, Needs, Outputs, Reference, Target
 from kd_hf.models.info import ModelInfo, PreActivation, Preprocessing, Shapes, Stage
 from kd_hf.models.parts import AFTER, HEAD, NORM
+from kd_hf.models.taps import check_tap
 
 CLASSES, BATCH, GRID = 11, 6, 4
 
@@ -92,11 +94,13 @@ class _Batch:
 
     def part(self, rows: slice) -> _Batch:
         """Some of the samples."""
-        soft = None if self.target.soft is None else self.target.soft[rows]
+        labels: dict[str, Any] = {
+            name: None if value is None else value[rows] for name, value in vars(self.target).items()
+        }
         return _Batch(
             self.student.map(lambda t: t[rows]),
             None if self.teacher is None else self.teacher.map(lambda t: t[rows]),
-            Target(self.target.hard[rows], soft),
+            replace(self.target, **labels),
             self.keys[rows],
         )
 
@@ -107,7 +111,7 @@ class _Batch:
             self,
             student=self.student.map(lambda t: t.detach().to(dtype)),
             teacher=None if self.teacher is None else self.teacher.map(lambda t: t.detach().to(dtype)),
-            target=Target(self.target.hard, soft),
+            target=replace(self.target, soft=soft),
         )
 
     def leaves(self) -> _Batch:
@@ -141,6 +145,17 @@ def _tensors(outputs: Outputs | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
+class MadeUpSamples:
+    """Training images of all classes in turn."""
+
+    def __len__(self) -> int:
+        return BATCH * CLASSES
+
+    def labels(self) -> np.ndarray:
+        """All labels; see :class:`kd_hf.models.info.Samples`."""
+        return np.arange(len(self)) % CLASSES
+
+
 class _Case:
     """A method with the shapes, modules and inputs it is tried on."""
 
@@ -156,6 +171,8 @@ class _Case:
         self.needs: Needs = method.needs(cfg, *infos)
         student, teacher = infos
         self.student = self._shapes(student, self.needs.student, "student", shapes)
+        if self.needs.samples:
+            self.student = replace(self.student, samples=MadeUpSamples())
         self.teacher = self._shapes(teacher, self.needs.teacher, "teacher", shapes) if teacher else None
         self.parts = {name: self._part(name, teacher, parts).requires_grad_(False).eval() for name in self.needs.parts}
         self.own_parts = {f"{OF_STUDENT}{part}": _made_up_part(student, part) for part in self.needs.student_parts}
@@ -163,6 +180,9 @@ class _Case:
 
     @staticmethod
     def _shapes(info: ModelInfo, roles: Mapping[str, str], side: str, given: Mapping[str, tuple[int, ...]]) -> Shapes:
+        for role, tap in roles.items():
+            if f"{side}.{role}" not in given:
+                check_tap(info, tap)
         taps = {role: given.get(f"{side}.{role}") or tap_shape(info, tap) for role, tap in roles.items()}
         return Shapes(info.num_classes, taps, info.width)
 
@@ -203,14 +223,15 @@ class _Case:
 
 def _labels(kind: str, classes: int, draws: Draws) -> Target:
     hard = (draws.uniform("label", ()) * classes).long()
+    row = hard + CLASSES * torch.arange(len(hard))  # of the made-up training images
     if kind == "missing":
         hard[0] = -1
     if kind != "soft":
-        return Target(hard)
+        return Target(hard, None, row)
     other = (hard + 1) % classes
     share = 0.6 + 0.3 * draws.uniform("share", ()).double()[:, None]
     one, two = (nn.functional.one_hot(index, classes).double() for index in (hard, other))
-    return Target(hard, share * one + (1 - share) * two)
+    return Target(hard, share * one + (1 - share) * two, row)
 
 
 def _run(built: Method, batch: _Batch) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from kd_hf import checkpoint as ckpt
 from kd_hf.assemble import Assembly, assemble
 from kd_hf.callbacks import CallbackList, TrainerControl, TrainerState, TrainOutput, read_log
 from kd_hf.config import HubConfig, Recipe, TrainConfig
-from kd_hf.distill import weights_at
+from kd_hf.distill import check_batch, weights_at
 from kd_hf.errors import LocalError, UserError
 from kd_hf.feed import Feed, open_feed
 from kd_hf.gate import pass_gate
@@ -89,7 +89,8 @@ class DistillTrainer:
         self.recipe, self.compute_metrics = setup.recipe, compute_metrics
         self.args, self.task = self.recipe.train, task_of(self.recipe)
         self.train_source, self.eval_source = setup.train_source, setup.eval_source
-        self.parts: Assembly = assemble(self.recipe, self.train_source.num_classes, given=setup.networks)
+        source = self.train_source
+        self.parts: Assembly = assemble(self.recipe, source.num_classes, given=setup.networks, samples=source)
         self.task.check_classes(self.parts.student.info, self.train_source)
         unused = self.task.unused_parameters or self.parts.module.may_pause
         self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=unused)
@@ -115,6 +116,7 @@ class DistillTrainer:
     def _build(self) -> None:
         """Place everything on the device and hand the one module to accelerate."""
         args, accelerator = self.args, self.accelerator
+        check_batch(self.parts.choices, args.per_device_train_batch_size, accelerator.num_processes)
         check_sharding(self.recipe, self.parts.choices, accelerator)
         self.threads = set_cpu_threads(args.cpu_threads, accelerator.num_processes)
         sources = {"train": self.train_source, "eval": self.eval_source}

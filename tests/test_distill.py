@@ -9,9 +9,12 @@ from kd_hf.assemble import assemble, plain_twin, with_untrained_teachers
 from kd_hf.balance import Ramp
 from kd_hf.config import Recipe
 from kd_hf.data.draws import Draws
-from kd_hf.distill import DistillModule, by_role, taps_of, weights_at
+from kd_hf.data.noise import NoiseSource
+from kd_hf.distill import Choice, DistillModule, by_role, check_batch, taps_of, weights_at
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Moment, Outputs, Target
+from kd_hf.methods import get_method
+from kd_hf.methods.base import Moment, Needs, Outputs, Target
+from kd_hf.methods.kd import KD
 from tests.runs import TEACHER, recipe
 
 RESNET = {"student": {"model": "test_efficientnet"}, "teacher": TEACHER}
@@ -145,3 +148,55 @@ def test_an_untrained_teacher_is_described_by_its_recipe(tmp_path):
         recipe(tmp_path / "run").model_dump() | {"teacher": {"recipe": str(tmp_path / "t.yaml")}}
     )
     assert with_untrained_teachers(whole).teacher.model == "test_resnet"
+
+
+class Compares(KD):
+    """Of one image there is nothing to learn."""
+
+    name = "compares"
+    least_images = 3
+
+    class Config(KD.Config):
+        gather: bool = False
+
+
+def compares(gather=False):
+    needs = Needs(teacher_logits=True, batch_coupled=True, gathered=gather)
+    return Choice("mine", Compares, Compares.Config(gather=gather), needs, 1.0, None, "teacher")
+
+
+@pytest.mark.parametrize(("gather", "per_device", "processes"), [(False, 3, 1), (True, 1, 3), (True, 2, 2)])
+def test_a_batch_of_enough_images_is_taken(gather, per_device, processes):
+    check_batch([compares(gather)], per_device, processes)
+
+
+def test_a_batch_of_too_few_images_is_refused_with_what_helps():
+    with pytest.raises(UserError, match=r"methods\.mine .*fewer than 3, .*batch_size is 2; raise it$"):
+        check_batch([compares()], 2, 1)
+    with pytest.raises(UserError, match=r"raise it, or set methods\.mine\.gather: true$"):
+        check_batch([compares()], 1, 3)
+    with pytest.raises(UserError, match=r"raise it$"):
+        check_batch([compares(gather=True)], 1, 2)
+
+
+class KeepsEach(KD):
+    """Keeps something of every training image."""
+
+    name = "keeps_each"
+
+    @classmethod
+    def needs(cls, cfg, student, teacher):
+        return Needs(teacher_logits=True, samples=True)
+
+    def __init__(self, cfg, student, teacher, parts):
+        super().__init__(cfg, student, teacher, parts)
+        self.samples = student.samples
+
+
+def test_training_images_are_known_to_a_method_that_keeps_something_of_each(monkeypatch, tmp_path):
+    monkeypatch.setattr("kd_hf.distill.get_method", lambda name: KeepsEach if name == "kd" else get_method(name))
+    run, images = recipe(tmp_path, RESNET, {"methods": {"kd": {}}}), NoiseSource(12, 8, 10)
+    assert assemble(run, 10, samples=images).module.methods["kd"].samples is images
+    assert assemble(run, 10).module.methods["kd"].samples is None
+    with pytest.raises(UserError, match=r"methods\.kd .*data\.augment\.repeats is 2: set it to 1"):
+        built(tmp_path, RESNET, {"methods": {"kd": {}}, "data": {"augment": {"repeats": 2}}})

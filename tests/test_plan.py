@@ -49,7 +49,7 @@ def test_what_a_launch_will_do(planned):
     assert plan["methods"].keys() == {"task", "mgd", "kd"}
     assert plan["methods"]["mgd"]["until"] == "0.9"
     assert plan["methods"]["kd"]["weight"]["warmup"] == [0, 1, "2 epochs"]
-    assert plan["methods"]["kd"]["options"] == {"temperature": 4.0}
+    assert plan["methods"]["kd"]["options"] == {"temperature": 4.0, "logit_std": False}
     assert {"mixup", "erasing"} <= set(plan["augmentation"])
     assert "auto_augment" not in plan["augmentation"]
 
@@ -66,7 +66,9 @@ def test_a_loss_that_mixes_images_is_pointed_out(tmp_path):
     plan = plan_recipe(recipe(tmp_path))
     assert plan["batch_coupled"] == []
     assert "coupled" not in describe(plan)
-    assert "coupled    some_loss" in describe({**plan, "batch_coupled": ["some_loss"]})
+    both = describe({**plan, "batch_coupled": ["some_loss", "other"], "gathered": ["other"]})
+    assert "coupled    some_loss: this loss mixes the images of one process's batch" in both
+    assert "coupled    other: this loss mixes the images of all processes" in both
 
 
 def test_weights_are_neither_needed_nor_read(tmp_path, monkeypatch):

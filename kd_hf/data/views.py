@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -304,7 +304,7 @@ class DeviceStage:
         """
         done = {view: self._prepare(view, images, batch) for view, images in batch.views.items()}
         images = {name: self._renormalise(done[view], view, name) for name, view in batch.view_of.items()}
-        return images, mix_target(batch.label, batch.mixing, self.num_classes)
+        return images, replace(mix_target(batch.label, batch.mixing, self.num_classes), row=batch.row)
 
     def _prepare(self, view: str, images: Tensor, batch: Batch) -> Tensor:
         spec, device = self.specs[view], images.device

@@ -22,7 +22,7 @@ FOR_BOXES = {
     "detr_tokens": "detr_tokens",
     "detr_kd": "detr_kd",
 }
-_NOT_METHODS = ("base", "cross_attention", "features", "losses", "orthogonal", "projectors")
+_NOT_METHODS = ("base", "cross_attention", "features", "losses", "orthogonal", "projectors", "ranks", "stages")
 
 
 @cache

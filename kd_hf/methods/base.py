@@ -50,6 +50,8 @@ class Needs:
     student_parts: tuple[str, ...] = ()  # live modules of the student, which train; `parts` has them as "student:head"
     labels: Literal["none", "optional", "hard", "soft"] = "none"  # hard: index labels only; soft: mixed rows too
     batch_coupled: bool = False  # the loss mixes samples of a batch
+    gathered: bool = False  # a coupled loss mixes those of all processes, so that their number does not matter
+    samples: bool = False  # it keeps something of each training image: reads `Target.row` and `Shapes.samples`
     cacheable: bool = True  # the teacher's outputs alone are enough
 
 
@@ -86,16 +88,16 @@ class Outputs:
 @dataclass
 class Target:
     """Labels of a batch. `hard` int64 ``[B]`` is -1 where a sample has no label; under mixing or soft labels
-    it is the argmax of the row. `soft` ``[B, K]`` is None unless rows are mixed; unlabelled rows sum to 0."""
+    it is the argmax of the row. `soft` ``[B, K]`` is None unless rows are mixed; unlabelled rows sum to 0. `row` int64
+    ``[B]`` is the number of each image among the training images, the same in every epoch, or None."""
 
     hard: Tensor
     soft: Tensor | None = None
+    row: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything in it that lies on the device."""
-        yield self.hard
-        if self.soft is not None:
-            yield self.soft
+        yield from (tensor for tensor in (self.hard, self.soft, self.row) if tensor is not None)
 
     def rows(self, num_classes: int, dtype: torch.dtype) -> Tensor:
         """Label rows ``[B, K]``: `soft`, or one-hot of `hard` (a zero row where unlabelled)."""
@@ -122,10 +124,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class Cost:
-    """Per image: multiply–accumulates of the method's own modules (forward), and its parameters."""
+    """Per image: multiply–accumulates of the method's own modules (forward), and its parameters.
+
+    `sample_bytes` are what it keeps of every training image.
+    """
 
     parameters: int = 0
     macs: int = 0
+    sample_bytes: int = 0
 
 
 class Method(nn.Module, ABC):
@@ -134,6 +140,8 @@ class Method(nn.Module, ABC):
     name: ClassVar[str]
     paper: ClassVar[Reference]
     weight: ClassVar[float] = 1.0  # the paper's overall factor: the default of the recipe's `weight`
+    least_images: ClassVar[int] = 1  # of the batch that a coupled loss mixes: of fewer there is nothing to learn
+    kept_equal: ClassVar[tuple[str, ...]] = ()  # buffers that the method itself keeps the same on all processes
 
     class Config(MethodConfig):
         """No options."""

@@ -25,6 +25,20 @@ def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return logits if not isinstance(temperature, Tensor) and temperature == 1 else logits / temperature
 
 
+def standardised(logits: Tensor) -> Tensor:
+    """Z-scores over the classes, ``(z - mean) / (std + 1e-7)`` with the unbiased deviation, of logits ``[B, K]``.
+
+    Sun et al., *Logit Standardization in Knowledge Distillation*, https://arxiv.org/abs/2403.01427.
+    """
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+def logit_pair(student: Tensor, teacher: Tensor, standardise: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, K]`` of both networks in full precision, the teacher's without gradient, as z-scores if so asked."""
+    pair = full_precision(student), frozen(teacher)
+    return (standardised(pair[0]), standardised(pair[1])) if standardise else pair
+
+
 def cross_entropy(log_p: Tensor, rows: Tensor, factor: float = 1.0, counted: Tensor | None = None) -> Tensor:
     """``-factor/B Σ_b Σ_k rows_bk log p_bk``; a probability of 0 adds 0.
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
-from kd_hf.methods.losses import cross_entropy, frozen, full_precision, labelled, tempered, without
+from kd_hf.methods.losses import cross_entropy, labelled, logit_pair, tempered, without
 from kd_hf.models.info import ModelInfo
 
 
@@ -38,6 +38,8 @@ class NKD(Method):
         """T: divides the logits of the non-target part only."""
         gamma: float = Field(1.5, ge=0)
         """Factor of the non-target part."""
+        logit_std: bool = False
+        """Standardise the logits of both networks over the classes first, for both parts."""
 
     cfg: Config
 
@@ -53,7 +55,7 @@ class NKD(Method):
         """Return ``{"target": scalar, "nontarget": scalar}``, γ included."""
         assert teacher is not None
         label, known = labelled(target.hard)
-        logits, reference = full_precision(student.logits), frozen(teacher.logits)
+        logits, reference = logit_pair(student.logits, teacher.logits, self.cfg.logit_std)
         hit, nontarget = normalised(logits, reference, label, self.cfg.temperature, known)
         return {"target": hit, "nontarget": self.cfg.gamma * nontarget}
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 from typing import Literal
 
 
@@ -73,11 +77,24 @@ class ModelInfo:
         return self.stages[-1].channels if self.stages else 0
 
 
+class Samples(Protocol):
+    """What a method may know of the training images before it sees one; a source of images is one."""
+
+    def __len__(self) -> int: ...
+
+    def labels(self) -> np.ndarray:
+        """All labels, int64 ``[len]``, -1 where there is none."""
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Shapes without the batch dimension: K, each tapped tensor by the method's own role name, and the channels of the
-    network's last stage (0 where it has none)."""
+    network's last stage (0 where it has none).
+
+    `samples` are the training images, for a method that keeps something of each of them (`Needs.samples`).
+    """
 
     num_classes: int
     taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     width: int = 0
+    samples: Samples | None = None

@@ -260,6 +260,7 @@ def test_normalisation_and_renormalisation():
         assert_close(images[name].double(), (pixels - mean) / std, rtol=1e-6, atol=1e-6)
     assert images["m2"] is images["m0"]
     assert target.soft is None
+    assert target.row.equal(batch.row)
 
 
 def test_erasing_and_mixing_keep_networks_on_the_same_pixels():

@@ -26,6 +26,32 @@ def test_value_exceeds_the_divergence_by_the_teachers_entropy():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-15)
 
 
+def total(losses):
+    return torch.stack(list(losses.values())).sum()
+
+
+@pytest.mark.parametrize("method", [KD, DKD, NKD])
+def test_standardised_logits_forget_scale_and_offset(method):
+    student, teacher, built = logits(), logits(seed=1), build(method, logit_std=True)
+    loss, scaled = (
+        total(run(built, *pair, label=[0, 3, 6, 2, -1]))
+        for pair in ((student, teacher), (5 * student - 2, 0.1 * teacher + 7))
+    )
+    torch.testing.assert_close(scaled, loss, rtol=1e-6, atol=0)  # up to the 1e-7 beside the deviation
+    # the deviation is the unbiased one
+    scores = [F.layer_norm(z, (7,)) * (6 / 7) ** 0.5 for z in (student, teacher)]
+    plain = total(run(build(method), *scores, label=[0] * 5))
+    torch.testing.assert_close(total(run(built, student, teacher, label=[0] * 5)), plain, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", [KD, DKD, NKD])
+def test_a_constant_row_has_z_scores_of_zero_and_a_finite_gradient(method):
+    student = torch.zeros(2, 7, requires_grad=True)
+    loss = total(run(build(method, logit_std=True).float(), student, torch.ones(2, 7), label=[0, 1]))
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
 def test_gradient_keeps_its_size_as_the_temperature_grows():
     student, teacher = logits().requires_grad_(), logits(seed=1)
     sizes = []
