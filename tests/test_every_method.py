@@ -15,7 +15,7 @@ from kd_hf.recipe import load_recipe
 from kd_hf.train import train_recipe
 from tests.forked import launch
 from tests.runs import ROOT
-from tests.two_rank_methods import MOMENT, PAIRS, PER_RANK, RANKS, Step
+from tests.two_rank_methods import CASES, MOMENT, PAIRS, PER_RANK, RANKS, Step
 
 ALL = method_names()
 BATCH = range(PER_RANK * RANKS)
@@ -33,16 +33,18 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_gradients_are_those_of_one_process(two_processes, name):
-    step = Step(name)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_one_process(two_processes, case):
+    step = Step(case)
     # a coupled loss is given the same images on both, and must then be what one process makes of them
-    whole = step.gradients(range(PER_RANK) if step.needs.batch_coupled else BATCH)
-    for rank in range(RANKS):
-        found = load_file(two_processes / f"{name}.{rank}.safetensors")
-        assert found.keys() == whole.keys()
+    whole = step.gradients(range(PER_RANK) if step.shared else BATCH) | step.kept_equal()
+    ranks = [load_file(two_processes / f"{case}.{rank}.safetensors") for rank in range(RANKS)]
+    for tensors in ranks:
+        assert tensors.keys() == whole.keys()
         for key, value in whole.items():
-            assert (found[key] - value).norm() <= 1e-5 * value.norm(), key
+            assert (tensors[key] - value).float().norm() <= 1e-5 * value.float().norm(), key
+    for key in step.kept_equal():
+        assert torch.equal(ranks[0][key], ranks[1][key]), key
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -84,14 +86,16 @@ def test_bfloat16_is_close(name):
         step.total(rough).backward()
         assert all(parameter.grad.isfinite().all() for parameter in step.module.parameters())
         for part, value in rough.items():
-            assert value.item() == pytest.approx(exact[part].item(), rel=0.02), (part, precision)
+            # maps that agree to seven digits differ by the rounding of the networks alone
+            assert value.item() == pytest.approx(exact[part].item(), rel=0.02, abs=1e-7), (part, precision)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_draws_are_the_only_chance(name):
-    step = Step(name)
-    first, again, other = (step.total(step.losses(BATCH, seed=seed)) for seed in (0, 0, 1))
+    steps, seeds = [Step(name) for _ in range(3)], (0, 0, 1)  # a step each: one may keep what it saw
+    first, again, other = (step.total(step.losses(BATCH, seed=seed)) for step, seed in zip(steps, seeds, strict=True))
     assert first == again
+    step = steps[0]
     random = step.draws(BATCH)[name].keys() - step.module.methods[name].scheduled(MOMENT).keys()
     assert (first != other) == bool(random)
 

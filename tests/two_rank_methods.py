@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from kd_hf.assemble import Assembly, assemble
 from kd_hf.config import Recipe, TrainConfig
 from kd_hf.data.draws import Draws, hash_key
+from kd_hf.data.noise import NoiseSource
 from kd_hf.distill import DistillModule, weights_at
-from kd_hf.methods import method_names
+from kd_hf.methods import get_method, method_names
 from kd_hf.methods.base import Moment, Outputs, Target
 from kd_hf.runtime import build_accelerator
 from kd_hf.teacher import Teacher
 from tests.runs import merged
 
 CLASSES, PER_RANK, RANKS = 7, 4, 2
+IMAGES = 20  # of the training set
 MOMENT = Moment(0, 1, 1)
 # without BatchNorm, which would couple the images of a process whatever the method does
 CONVNEXT = ({"model": "test_convnext"}, {"model": "test_convnext2"})
@@ -40,24 +42,32 @@ DISTILLED = (
     {"model": "test_convnext2"},
 )
 PAIRS = {
+    "at": CONVNEXT,
     "cls_kd": VIT,
+    "crd": CONVNEXT,
     "ctkd": CONVNEXT,
     "deit_hard": DISTILLED,
     "deit_soft": DISTILLED,
+    "dist": CONVNEXT,
     "dkd": CONVNEXT,
+    "fitnet": CONVNEXT,
     "kd": CONVNEXT,
     "manifold": VIT,
     "mgd": CONVNEXT,
     "nkd": CONVNEXT,
     "ofa": CONVNEXT,
     "ofd": RESNET,
+    "pkt": CONVNEXT,
     "reviewkd": CONVNEXT,
+    "rkd": CONVNEXT,
     "scalekd": VIT,
     "sdd": CONVNEXT,
+    "sp": CONVNEXT,
     "srrl": CONVNEXT,
     "task": CONVNEXT,
     "ttm": CONVNEXT,
     "uskd": VIT,
+    "vid": CONVNEXT,
     "vitkd": VIT,
     "vkd": DISTILLED,
     "wsld": CONVNEXT,
@@ -67,15 +77,25 @@ PAIRS = {
 OPTIONS = {"ctkd": {"t_start": 0.01, "t_end": 0.1}}
 
 
-def recipe_of(name: str) -> Recipe:
-    """The task loss and the method with its defaults, unless it has other options here, on the method's pair."""
+GATHER = "+gather"
+# every method, and those that can once more with the images of all processes as one batch
+CASES = (
+    *method_names(),
+    *(f"{name}{GATHER}" for name in method_names() if "gather" in get_method(name).Config.model_fields),
+)
+
+
+def recipe_of(case: str) -> Recipe:
+    """The task loss and the method of a case with its defaults, unless it has other options here, on its pair."""
+    name = case.removesuffix(GATHER)
+    options = OPTIONS.get(name, {}) | ({"gather": True} if case.endswith(GATHER) else {})
     student, teacher = PAIRS[name]
     fixed = {"num_classes": CLASSES, "pretrained": False}
     return Recipe.model_validate(
         {
             "student": merged(student, fixed),
             "teacher": merged(teacher, fixed),
-            "methods": {"task": {"weight": 1.0}, name: OPTIONS.get(name, {})},
+            "methods": {"task": {"weight": 1.0}, name: options},
             "data": {"path": "builtin:digits", "image_size": 32},
             "train": {"output_dir": "unused", "use_cpu": True},
         }
@@ -86,14 +106,14 @@ class Step:
     """What the trainer does in a step, up to the gradients, on given images.
 
     Args:
-        name: the method.
+        case: of `CASES`.
         precision: of the teacher.
     """
 
-    def __init__(self, name: str, precision: torch.dtype = torch.float32) -> None:
-        self.name = name
-        self.recipe = recipe_of(name)
-        self.parts: Assembly = assemble(self.recipe)
+    def __init__(self, case: str, precision: torch.dtype = torch.float32) -> None:
+        self.name = case.removesuffix(GATHER)
+        self.recipe = recipe_of(case)
+        self.parts: Assembly = assemble(self.recipe, samples=NoiseSource(IMAGES, 8, CLASSES))
         self.module: DistillModule = self.parts.module.train()
         self.teacher = Teacher(
             "teacher",
@@ -113,7 +133,8 @@ class Step:
     def losses(self, rows: range, wrapped: nn.Module | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Named losses on the images of these numbers; `seed` is that of the method's draws."""
         pixels = Draws(torch.tensor([hash_key("pixels", row) for row in rows])).normal("", (3, 32, 32))
-        target = Target(torch.tensor([row % CLASSES for row in rows]))
+        numbers = torch.tensor(list(rows))
+        target = Target(numbers % CLASSES, row=numbers)
         return (wrapped or self.module)(pixels, {"teacher": self.taught(pixels)}, target, self.draws(rows, seed))
 
     def taught(self, pixels: Tensor) -> Outputs:
@@ -138,22 +159,33 @@ class Step:
             self.total(self.losses(rows, wrapped)).backward()
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
 
+    def kept_equal(self) -> dict[str, Tensor]:
+        """The buffers that the method itself keeps the same on all processes."""
+        method = self.module.methods[self.name]
+        return {f"buffer/{name}": getattr(method, name) for name in method.kept_equal}
+
+    @property
+    def shared(self) -> bool:
+        """Whether the loss couples the images of a process, so that others on another one would change it."""
+        return self.needs.batch_coupled and not self.needs.gathered
+
 
 def rows_of(step: Step, rank: int) -> range:
-    """A process's images: its slice of the global batch, or the same as everyone's where the loss couples images."""
-    first = 0 if step.needs.batch_coupled else rank * PER_RANK
+    """A process's images: its slice of the global batch, or the same as everyone's."""
+    first = 0 if step.shared else rank * PER_RANK
     return range(first, first + PER_RANK)
 
 
 def main(folder: Path) -> None:
-    """Write every method's gradients as each of two processes has them."""
+    """Write the gradients of every case, and what its method keeps equal, as each of two processes has them."""
     torch.set_num_threads(1)
-    for name in method_names():
-        step = Step(name)
+    for case in CASES:
+        step = Step(case)
         accelerator = build_accelerator(step.recipe.train)
         wrapped = accelerator.prepare(step.module)
         rank = accelerator.process_index
-        save_file(step.gradients(rows_of(step, rank), wrapped), folder / f"{name}.{rank}.safetensors")
+        gradients = step.gradients(rows_of(step, rank), wrapped)
+        save_file({**gradients, **step.kept_equal()}, folder / f"{case}.{rank}.safetensors")
 
 
 if __name__ == "__main__":
