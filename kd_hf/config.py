@@ -246,6 +246,11 @@ class DataConfig(Block):
     decoder: Literal["torchvision", "pil"] = "torchvision"
     """What decodes, crops and resizes training JPEGs: torchvision on uint8 tensors (about twice as fast, 50 dB or more
     from PIL on photographs), or PIL throughout, as the official code. Other formats and evaluation always use PIL."""
+    hold: Literal["auto"] | bool = "auto"
+    """Decode each image once and hold its view as uint8; images are then moved and flipped on the device. The batches
+    are the same, and no worker processes are started for them. `auto` holds sets of small images (64 pixels, 2 GiB,
+    an eighth of the machine's memory at most) unless `augment` changes more than their place; it holds evaluation
+    images too."""
     max_corrupt: int = Field(100, ge=0)
     """Unreadable images that are tolerated (replaced by the next readable row and counted) before the run stops."""
 

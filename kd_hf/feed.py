@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_hf.assemble import Assembly
 from kd_hf.data.draws import Draws
+from kd_hf.data.loader import BatchLoader
 from kd_hf.data.order import Layout
 from kd_hf.distill import DistillModule, taps_of
 from kd_hf.methods.base import Moment, Outputs
@@ -86,6 +87,7 @@ class Feed:
         self.ahead = ahead if ahead is not None else int(device.type == "cuda")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waiting: list[Lesson] = []
+        self.note = ""  # on how the batches are made, for people
 
     def __next__(self) -> Lesson:
         """The next lesson, ready to be read on the current stream."""
@@ -141,7 +143,7 @@ def open_feed(
     layout = Layout(args.per_device_train_batch_size, *ranks, accumulation)
     steps_per_epoch = len(source) // layout.global_batch
     task = task_of(parts.recipe)
-    batches = task.batches(
+    batches: BatchLoader[Any] = task.batches(
         source,
         parts.recipe,
         views,
@@ -156,7 +158,7 @@ def open_feed(
         prefetch_factor=args.dataloader_prefetch_factor,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return Feed(
+    feed = Feed(
         iter(batches),
         task.stage(source, views, parts.student.info),
         teachers,
@@ -173,3 +175,5 @@ def open_feed(
         rank=accelerator.process_index,
         device=accelerator.device,
     )
+    feed.note = batches.note
+    return feed

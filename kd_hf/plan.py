@@ -89,7 +89,7 @@ def _length(recipe: Recipe, batch: int) -> str:
 
 def _random(recipe: Recipe) -> list[str]:
     """What is drawn for every image."""
-    from kd_hf.data.views import takes_jitter
+    from kd_hf.data.geometry import takes_jitter
 
     if recipe.data.boxes is not None:
         return _random_boxes(recipe.data.boxes.augment)

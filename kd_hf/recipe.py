@@ -378,6 +378,7 @@ def recipe_hash(recipe: Recipe) -> str:
         if teacher is not None:
             del teacher["shard"]  # how a teacher is held in memory changes nothing it says
             teacher["store"] = teacher["store"] is not None  # wherever it lies, it must fit the recipe
+    del values["data"]["hold"]
     del values["baseline"], values["hub"], values["eval"]["report"], values["eval"]["report_samples"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

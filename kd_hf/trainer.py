@@ -188,6 +188,9 @@ class DistillTrainer:
 
     def _loop(self, stop: StopSignal) -> None:
         feed = self.feed()
+        if feed.note:
+            self.journal.say(feed.note)
+            self.journal.write({"step": self.state.global_step, "images": feed.note})
         while self.state.global_step < self.length.total_steps and not self.control.should_training_stop:
             if self.state.global_step % self.length.steps_per_epoch == 0:
                 self.callbacks.call("on_epoch_begin", self.state, self.control)

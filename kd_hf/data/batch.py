@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kd_hf.data.geometry import Placing
 from kd_hf.data.mix import Erasing, Mixing, join_mixing
 
 COLUMNS = ("label", "row", "key", "valid")  # the tensors with one number per image
@@ -35,6 +35,8 @@ class Batch:
     mixing: tuple[Mixing, ...] | None = None
     """Coefficients of Mixup and CutMix; None when the recipe does not mix."""
     erasing: tuple[Erasing, ...] = ()
+    placing: dict[str, Placing] = field(default_factory=dict)
+    """By view: how its images are still to be moved and flipped; none where they lie as they are shown."""
     corrupt: list[int] = field(default_factory=list)
     """Rows that could not be read: replaced in training, not valid in evaluation."""
 
@@ -49,13 +51,14 @@ class Batch:
         vars(self).update(state, **{name: torch.from_numpy(state[name]) for name in COLUMNS})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return dataclasses.replace(
+        return replace(
             self,
             views={name: function(view) for name, view in self.views.items()},
             label=function(self.label),
             row=function(self.row),
             key=function(self.key),
             valid=function(self.valid),
+            placing={name: placing.map(function) for name, placing in self.placing.items()},
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -79,13 +82,17 @@ class Batch:
         first = parts[0]
         starts = [sum(len(part) for part in parts[:index]) for index in range(len(parts))]
         mixing = [m.shifted(start) for start, part in zip(starts, parts, strict=True) for m in part.mixing or ()]
-        return dataclasses.replace(
+        return replace(
             first,
             views={name: joined([part.views[name] for part in parts]) for name in first.views},
             label=joined([part.label for part in parts]),
             row=joined([part.row for part in parts]),
             key=joined([part.key for part in parts]),
             valid=joined([part.valid for part in parts]),
+            placing={
+                name: replace(placing, moves=joined([part.placing[name].moves for part in parts]))
+                for name, placing in first.placing.items()
+            },
             mixing=None if first.mixing is None else join_mixing(mixing),
             erasing=tuple(e.shifted(start) for start, part in zip(starts, parts, strict=True) for e in part.erasing),
             corrupt=[row for part in parts for row in part.corrupt],

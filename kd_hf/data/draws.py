@@ -43,6 +43,46 @@ def hash_key(*parts: int | str) -> int:
     return _signed(state)
 
 
+def hash_keys(*parts: int | str | np.ndarray) -> np.ndarray:
+    """:func:`hash_key` of many samples at once: int64 ``[B]`` from parts of which some are integer arrays ``[B]``."""
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        if isinstance(part, str):
+            part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
+        whole = part.astype(np.int64).view(np.uint64) if isinstance(part, np.ndarray) else np.uint64(part & MASK64)
+        state = state + np.uint64(GOLDEN) + whole
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(MIX_A)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(MIX_B)
+        state = state ^ (state >> np.uint64(31))
+    return state.view(np.int64)
+
+
+# Philox 4×64 with ten rounds (Salmon et al. 2011): multipliers and key increments
+PHILOX_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+PHILOX_KEYS = (GOLDEN, 0xBB67AE8584CAA73B)
+_HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
+
+
+def _multiplied(value: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """Upper and lower 64 bits of the products."""
+    high, low = np.uint64(factor >> 32), np.uint64(factor & 0xFFFFFFFF)
+    upper, lower = value >> _HALF, value & _LOW
+    first, second = lower * high, upper * low
+    carry = (((lower * low) >> _HALF) + (first & _LOW) + (second & _LOW)) >> _HALF
+    return upper * high + (first >> _HALF) + (second >> _HALF) + carry, value * np.uint64(factor)
+
+
+def first_bits(keys: np.ndarray, *parts: int | str) -> np.ndarray:
+    """The first four random words of ``generator(key, *parts)`` for every key, uint64 ``[B, 4]``."""
+    key = [hash_keys(keys, *parts).view(np.uint64), np.zeros(len(keys), np.uint64)]
+    words = [np.full(len(keys), first, np.uint64) for first in (1, 0, 0, 0)]
+    for _ in range(10):
+        (high, low), (higher, lower) = (_multiplied(words[2 * i], f) for i, f in enumerate(PHILOX_MULTIPLIERS))
+        words = [higher ^ words[1] ^ key[0], lower, high ^ words[3] ^ key[1], low]
+        key = [word + np.uint64(step) for word, step in zip(key, PHILOX_KEYS, strict=True)]
+    return np.stack(words, 1)
+
+
 def generator(*parts: int | str) -> np.random.Generator:
     """A numpy generator for host-side draws (crop boxes, Beta variates) named by `parts`."""
     return np.random.Generator(np.random.Philox(key=hash_key(*parts) & MASK64))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kd_hf.config import DataConfig
 from kd_hf.data.batch import Batch
-from kd_hf.data.draws import hash_key, python_state_kept
+from kd_hf.data.draws import hash_key, hash_keys, python_state_kept
+from kd_hf.data.geometry import Placing, draw_moves, scaled_moves
+from kd_hf.data.held import HeldViews, held_views
 from kd_hf.data.mix import Erasing, Mixing, batch_mixing, check_mixing, draw_erasing, is_mixing
 from kd_hf.data.order import EpochOrder, Layout, spread_rows
 from kd_hf.data.pixels import UnreadableImage, exif_warnings_silenced
@@ -82,15 +85,17 @@ class TrainItems(Dataset[B], Generic[S, B], ABC):
         epoch, start = self.layout.locate(micro_step, self.order.steps_per_epoch)
         start, count = start + self.cuts[part], self.cuts[part + 1] - self.cuts[part]
         rows, repeats = self.order.rows(epoch, start, start + count)
-        keys = [
-            hash_key(self.seed, epoch, row, repeat) for row, repeat in zip(rows.tolist(), repeats.tolist(), strict=True)
-        ]
-        corrupt: list[int] = []
-        with python_state_kept():
-            samples = [self._readable(row, key, corrupt) for row, key in zip(rows.tolist(), keys, strict=True)]
-        return self.assemble(samples, epoch, start, keys, corrupt)
+        return self.build(rows, repeats, epoch, start)
 
-    def _readable(self, row: int, key: int, corrupt: list[int]) -> S:
+    def build(self, rows: np.ndarray, repeats: np.ndarray, epoch: int, start: int) -> B:
+        """The batch of `rows`, int64 ``[B]``, and which repeat each is, from a position of an epoch on."""
+        corrupt: list[int] = []
+        numbers = hash_keys(self.seed, epoch, rows, repeats).tolist()
+        with python_state_kept():
+            samples = [self.readable(row, key, corrupt) for row, key in zip(rows.tolist(), numbers, strict=True)]
+        return self.assemble(samples, epoch, start, numbers, corrupt)
+
+    def readable(self, row: int, key: int, corrupt: list[int]) -> S:
         """The first readable row from `row` on; the others are added to `corrupt`."""
         reason: Exception | None = None
         for candidate in range(row, row + min(MAX_SKIP, len(self.source))):
@@ -131,9 +136,13 @@ class EvalItems(Dataset[B], Generic[S, B], ABC):
     def __getitem__(self, index: int) -> B:
         """Build batch number `index` of the rank's share."""
         size = self.layout.per_device
-        samples: list[S | None] = [None] * size
+        return self.build(self.rows[index * size : (index + 1) * size])
+
+    def build(self, rows: np.ndarray) -> B:
+        """The batch of `rows`, int64 ``[≤ B]``."""
+        samples: list[S | None] = [None] * self.layout.per_device
         corrupt: list[int] = []
-        for position, row in enumerate(self.rows[index * size : (index + 1) * size].tolist()):
+        for position, row in enumerate(rows.tolist()):
             try:
                 samples[position] = self.sample(row, hash_key(row))
             except (UnreadableImage, OSError):
@@ -169,20 +178,76 @@ def _assembled(plan: ViewPlan, samples: Sequence[_Sample], **rest: Any) -> Batch
 
 
 class TrainBatches(TrainItems[_Sample, Batch]):
-    """Training batches of images with labels."""
+    """Training batches of images with labels.
+
+    Args:
+        source: of the images.
+        cfg: the recipe's `data` block.
+        plan: of the views.
+        layout: of the global batch.
+        seed: of the run.
+        parts: see :class:`TrainItems`.
+        held: where decoded views are taken from, to be moved and flipped on the device.
+    """
 
     source: Source
 
     def __init__(
-        self, source: Source, cfg: DataConfig, plan: ViewPlan, layout: Layout, seed: int, parts: int = 1
+        self,
+        source: Source,
+        cfg: DataConfig,
+        plan: ViewPlan,
+        layout: Layout,
+        seed: int,
+        parts: int = 1,
+        held: HeldViews | None = None,
     ) -> None:
         check_mixing(cfg.augment, layout.per_device)
         super().__init__(source, cfg, layout, seed, parts)
-        self.augment, self.plan = cfg.augment, plan
+        self.augment, self.plan, self.held = cfg.augment, plan, held
         self.transform = TrainTransform(plan, cfg.augment, cfg.decoder)
+        # of the epoch asked for last; not state: a pure function, whose cost is that of its calls and not of its rows
+        self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def build(self, rows: np.ndarray, repeats: np.ndarray, epoch: int, start: int) -> Batch:
+        """The batch; see :class:`TrainItems`."""
+        if self.held is None:
+            return super().build(rows, repeats, epoch, start)
+        keys, moves = (drawn[repeats, rows] for drawn in self._draw(epoch))
+        corrupt: list[int] = []
+        shown = rows
+        if (unreadable := self.held.unreadable(rows)).any():
+            shown = rows.copy()
+            for place in np.flatnonzero(unreadable).tolist():
+                shown[place] = self.readable(int(rows[place]), int(keys[place]), corrupt).row
+        row = torch.from_numpy(shown)
+        views, label = self.held.take(row)
+        valid = torch.ones(len(rows), dtype=torch.bool)
+        batch = Batch(views, label, row, torch.from_numpy(keys), valid, dict(self.plan.view_of), epoch)
+        mixing, erasing = self._mixing(epoch, start, len(keys)), self._erasing(keys.tolist())
+        return replace(batch, mixing=mixing, erasing=erasing, placing=self._placing(moves), corrupt=corrupt)
+
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys int64 ``[repeats, N]`` and moves int64 ``[repeats, N, 3]`` of all rows in an epoch."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            each, rows = range(self.augment.repeats), np.arange(len(self.source))
+            keys = np.stack([hash_keys(self.seed, epoch, rows, repeat) for repeat in each])
+            self._drawn = (epoch, keys, np.stack([draw_moves(self.augment, keys[repeat]) for repeat in each]))
+        return self._drawn[1:]
+
+    def _placing(self, moves: np.ndarray) -> dict[str, Placing]:
+        crop = self.augment.crop
+        padding = crop.padding if crop.kind == "pad" else 0
+        return {
+            name: scaled_moves(moves, padding, self.plan.size, spec.image_size)
+            for name, spec in self.plan.views.items()
+        }
 
     def sample(self, row: int, key: int) -> _Sample:
-        """One image; see :class:`TrainItems`."""
+        """One image; see :class:`TrainItems`. Without its views where they are held."""
+        if self.held is not None:
+            self.held.make(row)
+            return _Sample(row=row)
         data, label = self.source.read(row)
         return _Sample(self.transform(data, key), label, row, key)
 
@@ -194,6 +259,8 @@ class TrainBatches(TrainItems[_Sample, Batch]):
         return _assembled(self.plan, samples, epoch=epoch, mixing=mixing, erasing=erasing, corrupt=corrupt)
 
     def _erasing(self, keys: Sequence[int]) -> tuple[Erasing, ...]:
+        if not self.augment.erasing:
+            return ()
         boxes = (draw_erasing(self.augment.erasing, self.plan.size, key) for key in keys)
         return tuple(Erasing(position, box) for position, box in enumerate(boxes) if box is not None)
 
@@ -208,13 +275,32 @@ class EvalBatches(EvalItems[_Sample, Batch]):
 
     source: Source
 
-    def __init__(self, source: Source, plan: ViewPlan, layout: Layout, max_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        plan: ViewPlan,
+        layout: Layout,
+        max_samples: int | None = None,
+        held: HeldViews | None = None,
+    ) -> None:
         super().__init__(source, layout, max_samples)
-        self.plan = plan
+        self.plan, self.held = plan, held
         self.transform: Transform = EvalTransform(plan)
+
+    def build(self, rows: np.ndarray) -> Batch:
+        """The batch; see :class:`EvalItems`."""
+        if self.held is None or len(rows) < self.layout.per_device or (bad := self.held.unreadable(rows)).any():
+            return super().build(rows)
+        row, key = torch.from_numpy(rows), torch.from_numpy(hash_keys(rows))
+        views, label = self.held.take(row)
+        return Batch(views, label, row, key, torch.from_numpy(~bad), dict(self.plan.view_of))
 
     def sample(self, row: int, key: int) -> _Sample:
         """One image; see :class:`TrainItems`."""
+        if self.held is not None:
+            self.held.make(row)
+            views, labels = self.held.take(torch.tensor([row]))
+            return _Sample({name: view[0] for name, view in views.items()}, int(labels), row, key)
         data, label = self.source.read(row)
         return _Sample(self.transform(data, key), label, row, key)
 
@@ -251,6 +337,7 @@ class BatchLoader(Generic[B]):
         prefetch_factor: items that each worker is ahead.
         pin_memory: give page-locked tensors.
         parts: consecutive items that make one batch.
+        note: on how they are made, for people.
     """
 
     def __init__(
@@ -261,8 +348,9 @@ class BatchLoader(Generic[B]):
         prefetch_factor: int,
         pin_memory: bool,
         parts: int = 1,
+        note: str = "",
     ) -> None:
-        self.batches, self.indices, self.parts = batches, indices, parts
+        self.batches, self.indices, self.parts, self.note = batches, indices, parts, note
         self.workers, self.prefetch_factor, self.pin_memory = workers, prefetch_factor, pin_memory
         self._dataloader: DataLoader[B | UserError] | None = None
 
@@ -328,11 +416,14 @@ def train_loader(
     Raises:
         UserError: a batch larger than the data set, an odd batch with mixing, repeats that do not divide it.
     """
-    layout = Layout(per_device, world, rank, accumulation)
+    layout, plan = Layout(per_device, world, rank, accumulation), plan_views(views, training=True)
+    held = held_views(source, plan, cfg.augment, cfg.decoder)
+    workers = 0 if held else workers
     parts = max(1, min(workers, per_device // 2))
-    batches = TrainBatches(source, cfg, plan_views(views, training=True), layout, seed, parts)
+    batches = TrainBatches(source, cfg, plan, layout, seed, parts, held)
     indices = range(start_step * accumulation * parts, total_steps * accumulation * parts)
-    return BatchLoader(batches, indices, workers, prefetch_factor, pin_memory, parts)
+    note = held.describe() if held else ""
+    return BatchLoader(batches, indices, workers, prefetch_factor, pin_memory, parts, note)
 
 
 def eval_loader(
@@ -358,5 +449,7 @@ def eval_loader(
         max_samples: look at this many images only, spread over the whole set.
         pin_memory: hand over page-locked tensors.
     """
-    batches = EvalBatches(source, plan_views(views), Layout(batch_size, world, rank), max_samples)
-    return BatchLoader(batches, range(len(batches)), workers, 2, pin_memory)
+    plan = plan_views(views)
+    held = held_views(source, plan, None, "pil")
+    batches = EvalBatches(source, plan, Layout(batch_size, world, rank), max_samples, held)
+    return BatchLoader(batches, range(len(batches)), 0 if held else workers, 2, pin_memory)

@@ -28,6 +28,8 @@ class Source(ABC):
     """Rows that are cheap to read together, in order; a set with random access is one group."""
     revision: str | None = None
     """The commit of the Hub repository that the rows are of; None for what does not come from there."""
+    hold: bool | Literal["auto"] = "auto"
+    """Whether decoded images are held; see `data.hold`."""
 
     def __len__(self) -> int:
         return sum(self.group_sizes)
@@ -74,12 +76,13 @@ def with_labels(source: Source, cfg: DataConfig, split: Split, seed: int = 0) ->
     """The source with the labels that the recipe's `data` block leaves it; see :func:`open_source`."""
     if len(source) == 0:
         raise UserError(f"data.path: no images in {source.describe()}")
+    source.hold = cfg.hold
     if split == "eval" or (cfg.num_labels is None and cfg.unlabelled == "keep"):
         return source
     from kd_hf.data.labels import LabelSubset
 
     subset = LabelSubset(source, cfg.num_labels, cfg.unlabelled, seed)
-    subset.revision = source.revision
+    subset.revision, subset.hold = source.revision, cfg.hold
     return subset
 
 

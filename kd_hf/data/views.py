@@ -9,27 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
-from kd_hf.config import AugmentConfig, CropConfig
-from kd_hf.data.draws import Draws, generator, seed_python
+from kd_hf.config import AugmentConfig
+from kd_hf.data.draws import Draws, seed_python
+from kd_hf.data.geometry import ENHANCERS, Geometry, draw_geometry, placed
 from kd_hf.data.mix import Erasing, mix_images_, mix_target
-from kd_hf.data.pixels import DECODERS, CropBox, Picture, as_image, as_tensor, decode
+from kd_hf.data.pixels import DECODERS, Picture, as_image, as_tensor, decode
 from kd_hf.errors import UserError, nearest
 from kd_hf.methods.base import Target
 from kd_hf.models.info import Preprocessing
 
 if TYPE_CHECKING:
     from kd_hf.data.batch import Batch
-
-ENHANCERS: Mapping[str, Callable[[Image.Image], Any]] = {
-    "brightness": ImageEnhance.Brightness,
-    "contrast": ImageEnhance.Contrast,
-    "saturation": ImageEnhance.Color,
-}
-CROP_ATTEMPTS = 10
-
 
 # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -95,73 +88,11 @@ def _view_key(spec: Preprocessing, training: bool) -> tuple[object, ...]:
 # --- host side: bytes to uint8 ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """One sample's draws, the same for all its views."""
-
-    box: CropBox | None = None
-    """On the decoded image; None is the whole of it."""
-    shift: tuple[float, float] = (0.0, 0.0)
-    """(x, y) by which the resized image is moved, as fractions of the view's side."""
-    flip: bool = False
-    jitter: tuple[tuple[str, float], ...] = ()
-    """Enhancers and their factors, in the order of application."""
-
-
-def draw_geometry(augment: AugmentConfig, size: tuple[int, int], reference: int, key: int) -> Geometry:
-    """Draw crop, flip and colour jitter.
-
-    Args:
-        augment: the recipe's block.
-        size: (width, height) of the decoded image.
-        reference: side of the reference view in pixels.
-        key: of the sample.
-    """
-    draws = generator(key, "geometry")
-    crop = augment.crop
-    box = random_resized_box(crop, size, draws) if crop.kind == "random_resized" else None
-    shift = (0.0, 0.0)
-    if crop.kind == "pad":
-        dx, dy = draws.integers(-crop.padding, crop.padding + 1, size=2)
-        shift = (float(dx) / reference, float(dy) / reference)
-    flip = bool(draws.random() < augment.hflip)
-    jitter: tuple[tuple[str, float], ...] = ()
-    if augment.color_jitter and takes_jitter(augment.auto_augment):
-        names = [list(ENHANCERS)[i] for i in draws.permutation(len(ENHANCERS))]
-        low, high = max(0.0, 1.0 - augment.color_jitter), 1.0 + augment.color_jitter
-        jitter = tuple((name, float(draws.uniform(low, high))) for name in names)
-    return Geometry(box, shift, flip, jitter)
-
-
-def takes_jitter(policy: str | None) -> bool:
-    """Whether colour jitter is used beside a policy: with 3-Augment only, as in timm."""
-    return not policy or policy.startswith("3a")
-
-
-def random_resized_box(crop: CropConfig, size: tuple[int, int], draws: np.random.Generator) -> CropBox:
-    """The box of torchvision's RandomResizedCrop for an image of (width, height)."""
-    width, height = size
-    for _ in range(CROP_ATTEMPTS):
-        area = draws.uniform(*crop.scale) * width * height
-        aspect = float(np.exp(draws.uniform(np.log(crop.ratio[0]), np.log(crop.ratio[1]))))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(draws.integers(0, width - w + 1)), int(draws.integers(0, height - h + 1))
-            return left, top, left + w, top + h
-    w, h = width, height  # no box of this area and aspect fits: the largest central one of an allowed aspect
-    if width / height < crop.ratio[0]:
-        h = min(height, round(w / crop.ratio[0]))
-    elif width / height > crop.ratio[1]:
-        w = min(width, round(h * crop.ratio[1]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
 def take_view(picture: Picture, geometry: Geometry, spec: Preprocessing) -> Tensor:
     """Resize, shift and flip a cropped picture into a view, uint8 ``[3, S, S]`` with S = ``image_size``."""
     side = spec.image_size
     view = picture.resized(side, spec.interpolation)
-    dx, dy = (round(fraction * side) for fraction in geometry.shift)
+    dx, dy = (max(-side, min(side, round(fraction * side))) for fraction in geometry.shift)
     if dx or dy:
         view = torch.nn.functional.pad(view, (dx, -dx, dy, -dy))
     return view.flip(2) if geometry.flip else view
@@ -308,6 +239,8 @@ class DeviceStage:
 
     def _prepare(self, view: str, images: Tensor, batch: Batch) -> Tensor:
         spec, device = self.specs[view], images.device
+        if view in batch.placing:
+            images = placed(images, batch.placing[view])
         mean, std = (self._column(255 * np.asarray(value), device) for value in (spec.mean, spec.std))
         result = images.to(torch.float32).sub_(mean).div_(std)
         if batch.erasing:

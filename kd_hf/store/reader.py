@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from kd_hf.config import Recipe, TeacherConfig, TrainConfig
+from kd_hf.data.geometry import takes_jitter
 from kd_hf.data.mix import is_mixing
 from kd_hf.data.order import Layout
 from kd_hf.data.source import Source
-from kd_hf.data.views import plan_views, takes_jitter
+from kd_hf.data.views import plan_views
 from kd_hf.errors import LocalError, UserError
 from kd_hf.methods.base import Outputs
 from kd_hf.models.handle import ModelHandle, Origin

@@ -11,6 +11,7 @@ from PIL import Image
 from kd_hf.config import AugmentConfig, CropConfig
 from kd_hf.data import pixels
 from kd_hf.data.draws import generator
+from kd_hf.data.geometry import random_resized_box
 from kd_hf.data.pixels import (
     DECODERS,
     PilPicture,
@@ -21,7 +22,7 @@ from kd_hf.data.pixels import (
     decode,
     exif_warnings_silenced,
 )
-from kd_hf.data.views import TrainTransform, plan_views, random_resized_box
+from kd_hf.data.views import TrainTransform, plan_views
 from kd_hf.models.info import Preprocessing
 from tests.data.conftest import encode, make_image
 

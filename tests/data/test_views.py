@@ -11,19 +11,17 @@ from torchvision import transforms as tv
 from kd_hf.config import AugmentConfig, CropConfig
 from kd_hf.data.batch import Batch
 from kd_hf.data.draws import Draws, generator, hash_key, seed_python
+from kd_hf.data.geometry import Geometry, draw_geometry, random_resized_box
 from kd_hf.data.mix import Box, Erasing, Mixing
 from kd_hf.data.pixels import PilPicture, as_image, as_tensor
 from kd_hf.data.views import (
     DeviceStage,
     EvalTransform,
-    Geometry,
     TrainTransform,
     augment_policy,
-    draw_geometry,
     erase_,
     jittered,
     plan_views,
-    random_resized_box,
     take_view,
 )
 from kd_hf.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -46,6 +47,17 @@ class Case(Protocol):
 
     def run(self, change: Output = NO_CHANGE) -> Run:
         """Run with the options and draws of the recorded method that an output asks for."""
+
+
+@dataclass
+class KeyedCase(ABC):
+    """A file without one total loss: each recorded tensor is compared with ours of the same key."""
+
+    golden: Golden
+
+    @abstractmethod
+    def values(self) -> Mapping[str, Tensor]:
+        """Ours, by the keys of the file; there may be more than it holds."""
 
 
 @dataclass

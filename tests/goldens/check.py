@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from kd_hf.errors import UserError
-from tests.goldens.case import Case, Run, TensorCase
+from tests.goldens.case import Case, KeyedCase, Run, TensorCase
 from tests.goldens.families import layouts, openers
 from tests.goldens.layout import NO_CHANGE, Output
 from tests.goldens.networks import NetworkCase
@@ -62,8 +62,10 @@ def relative_error(ours: Tensor, theirs: Tensor, rounding: float = 0.0) -> float
     return error if error == error else float("inf")
 
 
-def compare(case: Case) -> dict[str, float]:
+def compare(case: Case | KeyedCase) -> dict[str, float]:
     """Relative error of everything recorded, by key. Raises Mismatch when the file holds more than is compared."""
+    if isinstance(case, KeyedCase):
+        return _keyed(case)
     golden, base = case.golden, case.run()
     errors = _losses(case, base)
     for name, value in base.values.items():
@@ -76,6 +78,15 @@ def compare(case: Case) -> dict[str, float]:
     # other ways of running do not repeat what has options of its own
     if max(errors.values()) <= LIMIT and golden.option == PLAIN and (unread := golden.unread()):
         raise Mismatch(f"nothing reads {', '.join(unread)}")
+    return errors
+
+
+def _keyed(case: KeyedCase) -> dict[str, float]:
+    golden, values = case.golden, case.values()
+    names = values.keys() & golden.tensors.keys()
+    errors = {name: relative_error(values[name].detach(), golden.tensors[name]) for name in sorted(names)}
+    if not errors or (unread := golden.unread()):
+        raise Mismatch(f"nothing reads {', '.join(unread)}" if errors else "the file holds no tensors")
     return errors
 
 
@@ -109,7 +120,7 @@ def _gradients(golden: Golden, base: Run) -> dict[str, float]:
     return errors
 
 
-def open_case(golden: Golden) -> Case:
+def open_case(golden: Golden) -> Case | KeyedCase:
     """The case of a file. Raises NotCovered when there is no such method."""
     tables, method = layouts(), golden.method
     opener = openers().get(method)

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
-from tests.goldens.case import Case
+from tests.goldens.case import Case, KeyedCase
 from tests.goldens.layout import Layout
 from tests.goldens.record import Golden
 
@@ -28,6 +28,6 @@ def layouts() -> Mapping[str, Layout]:
     return {name: layout for module in _modules() for name, layout in getattr(module, "LAYOUTS", {}).items()}
 
 
-def openers() -> Mapping[str, Callable[[Golden], Case]]:
+def openers() -> Mapping[str, Callable[[Golden], Case | KeyedCase]]:
     """What opens the files of methods for which a table is not enough."""
     return {name: opener for module in _modules() for name, opener in getattr(module, "CASES", {}).items()}
