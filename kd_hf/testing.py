@@ -15,12 +15,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from kd_hf.data.draws import Draws, hash_key
+from kd_hf.draws import Draws, hash_key
 from kd_hf.errors import UserError
-from kd_hf.methods.base import OF_STUDENT, Method, MethodConfig, Moment, Needs, Outputs, Reference, Target
-from kd_hf.models.info import ModelInfo, PreActivation, Preprocessing, Shapes, Stage
+from kd_hf.info import ModelInfo, PreActivation, Preprocessing, Shapes, Stage
+from kd_hf.methods.base import OF_STUDENT, Method, MethodConfig, Moment, Needs, Reference
 from kd_hf.models.parts import AFTER, HEAD, NORM
 from kd_hf.models.taps import check_tap
+from kd_hf.outputs import Outputs, Target
 
 CLASSES, BATCH, GRID = 11, 6, 4
 
@@ -152,7 +153,7 @@ class MadeUpSamples:
         return BATCH * CLASSES
 
     def labels(self) -> np.ndarray:
-        """All labels; see :class:`kd_hf.models.info.Samples`."""
+        """All labels; see :class:`kd_hf.info.Samples`."""
         return np.arange(len(self)) % CLASSES
 
 

@@ -21,7 +21,7 @@ from unittest import mock
 from tests.runs import ROOT, environment
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["kd_hf.trainer", "kd_hf.evaluation", "kd_hf.report.build", "datasets"])
+SERVER.set_forkserver_preload(["kd_hf.train.trainer", "kd_hf.metrics.measure", "kd_hf.report.build", "datasets"])
 
 
 def _run(command: tuple[str, ...], folder: Path, variables: Mapping[str, str], output: tuple[str, ...]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
-from kd_hf.checkpoint import list_checkpoints
-from kd_hf.config import Recipe
+from kd_hf.recipe.config import Recipe
+from kd_hf.run.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parents[1]
 RECIPE: dict[str, Any] = {

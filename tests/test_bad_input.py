@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kd_hf import eval as eval_command
-from kd_hf import plan as plan_command
-from kd_hf import train as train_command
 from kd_hf.errors import LocalError, run_command
+from kd_hf.eval import __main__ as eval_command
+from kd_hf.plan import __main__ as plan_command
+from kd_hf.train import __main__ as train_command
 from tests.runs import run
 
 RECIPE = """\
@@ -362,7 +362,7 @@ def test_a_process_says_what_only_it_can_know(monkeypatch, capsys):
 
 
 def test_recipes_of_this_repository_are_valid():
-    from kd_hf.recipe import load_recipe
+    from kd_hf.recipe.read import load_recipe
 
     recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     assert recipes

@@ -21,10 +21,12 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.torch import load_file, save_file
 
-from kd_hf.callbacks import read_log
-from kd_hf.hub import LAST
+from kd_hf.hub.publisher import LAST
+from kd_hf.layout import RESOLVED
 from kd_hf.models.load import load_model
-from kd_hf.recipe import RESOLVED, load_recipe, recipe_hash
+from kd_hf.recipe.read import load_recipe
+from kd_hf.recipe.resolved import recipe_hash
+from kd_hf.run.log import read_log
 from tests import runs
 from tests.hub.folders import local, pushed, remote, titles
 from tests.hub.server import User, serve
@@ -97,7 +99,7 @@ save_file(logits, "logits.safetensors")
 # run needs; argv: a recipe, to plan for that
 LAUNCHER = """
 import contextlib, io, json, multiprocessing, os, runpy, sys, time
-import datasets, kd_hf.report.build, kd_hf.trainer
+import datasets, kd_hf.report.build, kd_hf.train.trainer
 from huggingface_hub import constants
 from kd_hf import plan
 

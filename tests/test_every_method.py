@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd_hf.callbacks import read_log
 from kd_hf.methods import method_names
-from kd_hf.optim import build_optimizer
-from kd_hf.recipe import load_recipe
-from kd_hf.train import train_recipe
+from kd_hf.recipe.read import load_recipe
+from kd_hf.run.log import read_log
+from kd_hf.train.chain import train_recipe
+from kd_hf.train.optim import build_optimizer
 from tests.forked import launch
+from tests.programs.two_rank_methods import CASES, MOMENT, PAIRS, PER_RANK, RANKS, Step
 from tests.runs import ROOT
-from tests.two_rank_methods import CASES, MOMENT, PAIRS, PER_RANK, RANKS, Step
 
 ALL = method_names()
 BATCH = range(PER_RANK * RANKS)
@@ -28,7 +28,7 @@ def test_every_method_has_a_pair():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    done = launch("tests.two_rank_methods", str(folder))
+    done = launch("tests.programs.two_rank_methods", str(folder))
     assert done.returncode == 0, done.stderr
     return folder
 

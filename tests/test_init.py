@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import kd_hf
+from kd_hf.__main__ import COMMANDS
 from tests.runs import RECIPE, environment, recipe_file
 
 HEAVY = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "pyarrow", "sklearn", "matplotlib",
@@ -30,16 +31,16 @@ def test_a_recipe_block_is_light():
     assert loaded_by("from kd_hf import Recipe, UserError") == set()
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "eval"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_light(command):
-    code = f"from kd_hf.{command} import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n"
+    code = f"from kd_hf.{command}.__main__ import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n"
     assert loaded_by(code + "    assert not end.code") == set()
 
 
 def test_a_mistake_in_the_recipe_needs_no_torch(tmp_path):
     path = recipe_file(tmp_path / "recipe.yaml", tmp_path / "run", {"train": {"lerning_rate": 1}})
     code = (
-        "from kd_hf.train import main\nfrom kd_hf.errors import UserError\n"
+        "from kd_hf.train.__main__ import main\nfrom kd_hf.errors import UserError\n"
         f"try:\n    main([{str(path)!r}])\nexcept UserError as error:\n    assert 'learning_rate' in str(error)\n"
         "else:\n    raise SystemExit('accepted')"
     )

@@ -16,17 +16,18 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from kd_hf.callbacks import read_log
-from kd_hf.checkpoint import load_objects, load_tensors
-from kd_hf.config import TrainConfig
+from kd_hf.distillation.sharding import check_sharding
 from kd_hf.errors import UserError
-from kd_hf.recipe import load_recipe, recipe_hash
-from kd_hf.runtime import build_accelerator
-from kd_hf.sharding import check_sharding
-from kd_hf.trainer import DistillTrainer
+from kd_hf.process import build_accelerator
+from kd_hf.recipe.config import TrainConfig
+from kd_hf.recipe.read import load_recipe
+from kd_hf.recipe.resolved import recipe_hash
+from kd_hf.run.checkpoint import load_objects, load_tensors
+from kd_hf.run.log import read_log
+from kd_hf.train.trainer import DistillTrainer
 from tests.forked import Fork, free_port, ranks
+from tests.programs.sharded_teachers import NETWORKS, outputs_of
 from tests.runs import ROOT, TEACHER, recipe, recipe_file
-from tests.sharded_teachers import NETWORKS, outputs_of
 from tests.test_two_processes import OPTIONS
 
 LOSSES = ("loss", "task/ce", "kd/soft", "mgd/generation")
@@ -165,7 +166,7 @@ def test_a_launcher_that_starts_one_process_of_two_is_stopped(tmp_path):
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_other_engines_are_refused(tmp_path, monkeypatch, kind):
     found = SimpleNamespace(num_processes=1, distributed_type=kind)
-    monkeypatch.setattr("kd_hf.runtime.Accelerator", lambda **_: found)
+    monkeypatch.setattr("kd_hf.process.Accelerator", lambda **_: found)
     with pytest.raises(UserError, match=f"asks for {kind.value}; kd_hf trains with DDP or FSDP2"):
         build_accelerator(TrainConfig(output_dir=str(tmp_path), use_cpu=True))
 
@@ -222,7 +223,7 @@ def with_sharded_teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     path = recipe_file(folder / "recipe.yaml", folder / "run", OPTIONS, HALF, {"teacher": {"shard": True}})
     other = recipe_file(folder / "other.yaml", folder / "other", OPTIONS, HALF, OTHER)
-    for done in two_machines_by_torchrun("tests.sharded_teachers", str(folder), str(path), str(other)):
+    for done in two_machines_by_torchrun("tests.programs.sharded_teachers", str(folder), str(path), str(other)):
         assert done.returncode == 0, done.stdout
     return folder
 
@@ -276,7 +277,7 @@ def fsdp(alone, tmp_path_factory) -> Path:
     shutil.copytree(alone / "checkpoints" / "checkpoint-4", folder / "resumed" / "checkpoints" / "checkpoint-4")
     blocks = {"run": {}, "resumed": {}, "other": OTHER, "tokens": TOKENS}
     paths = [recipe_file(folder / f"{name}.yaml", folder / name, OPTIONS, HALF, blocks[name]) for name in blocks]
-    done = launch(CONFIGS / "8gpu_fsdp2.yaml", "-m", "tests.fsdp_on_cpu", *map(str, paths))
+    done = launch(CONFIGS / "8gpu_fsdp2.yaml", "-m", "tests.programs.fsdp_on_cpu", *map(str, paths))
     assert done.returncode == 0, done.stdout
     assert "Warning" not in done.stdout
     return folder

@@ -13,11 +13,11 @@ import torch
 from timm.data.auto_augment import rand_augment_transform
 from torch import nn
 
-from kd_hf.assemble import assemble
-from kd_hf.optim import LrSchedule, build_optimizer
-from kd_hf.recipe import load_recipe
-from tests.plan_recipes import plan_file
-from tests.recipe_index import FOLDER, header, processes, published
+from kd_hf.distillation.assembly import assemble
+from kd_hf.recipe.read import load_recipe
+from kd_hf.train.optim import LrSchedule, build_optimizer
+from tests.programs.plan_recipes import plan_file
+from tests.programs.recipe_index import FOLDER, header, processes, published
 from tests.runs import merged
 
 Values = dict[str, Any]

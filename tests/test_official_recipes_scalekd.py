@@ -11,12 +11,12 @@ import torch
 import yaml
 from timm.optim import create_optimizer_v2
 
-from kd_hf.assemble import assemble
-from kd_hf.config import Recipe
 from kd_hf.data.views import plan_views
+from kd_hf.distillation.assembly import assemble
 from kd_hf.methods import get_method
-from kd_hf.optim import LrSchedule
-from kd_hf.recipe import load_recipe
+from kd_hf.recipe.config import Recipe
+from kd_hf.recipe.read import load_recipe
+from kd_hf.train.optim import LrSchedule
 
 ROOT = Path(__file__).parents[1]
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)

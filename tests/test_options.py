@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from kd_hf.cache import write_store
-from kd_hf.teacher import Teacher
+from kd_hf.cache.write import write_store
+from kd_hf.distillation.teacher import Teacher
 from tests.forked import launch
+from tests.programs.two_rank_options import OPTIONS, PAIRS, RUNS, TRAINING, Trained, losses_of, train, write_photos
 from tests.runs import assert_same_tensors, final_tensors, merged, recipe
-from tests.two_rank_options import OPTIONS, PAIRS, RUNS, TRAINING, Trained, losses_of, train, write_photos
 
 Run = Callable[..., Trained]
 
@@ -144,7 +144,7 @@ def test_resume_is_equal_to_the_bit(root, ran, tmp_path, pair, option):
 @pytest.fixture(scope="module")
 def two_processes(root) -> Path:
     """Run folders of two processes with half a batch each."""
-    done = launch("tests.two_rank_options", str(root))
+    done = launch("tests.programs.two_rank_options", str(root))
     assert done.returncode == 0, done.stderr
     return root / "two"
 

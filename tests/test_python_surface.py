@@ -10,10 +10,10 @@ from transformers import EarlyStoppingCallback, TrainerCallback, ViTConfig, ViTF
 from transformers.integrations import TensorBoardCallback
 
 from kd_hf import DistillTrainer, TrainConfig, UserError, load_model
-from kd_hf.callbacks import read_log
-from kd_hf.data.source import DigitsSource
-from kd_hf.evaluate_metrics import TopAccuracy
-from kd_hf.record import RunRecord
+from kd_hf.data.digits import DigitsSource
+from kd_hf.metrics.hf import TopAccuracy
+from kd_hf.run.log import read_log
+from kd_hf.run.record import RunRecord
 
 NAMES = [f"digit {index}" for index in range(10)]
 ARGS = {

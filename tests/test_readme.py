@@ -6,10 +6,10 @@ import re
 
 import yaml
 
-from kd_hf.config import Recipe
-from kd_hf.recipe import load_recipe
+from kd_hf.recipe.config import Recipe
+from kd_hf.recipe.read import load_recipe
 from kd_hf.testing import check_method
-from tests.readme_methods import README, with_table
+from tests.programs.readme_methods import README, with_table
 from tests.runs import ROOT
 
 TEXT = README.read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_table_of_methods_is_current():
-    assert with_table(TEXT) == TEXT, "run python -m tests.readme_methods"
+    assert with_table(TEXT) == TEXT, "run python -m tests.programs.readme_methods"
 
 
 def test_recipes_are_valid_and_short(tmp_path):

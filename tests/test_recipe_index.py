@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tests import plan_recipes, recipe_index
-from tests.recipe_index import FOLDER, README, index
+from tests.programs import plan_recipes, recipe_index
+from tests.programs.recipe_index import FOLDER, README, index
 from tests.runs import recipe_file
 
 
 def test_the_index_is_current():
-    assert README.read_text(encoding="utf-8") == index(), "run python -m tests.recipe_index"
+    assert README.read_text(encoding="utf-8") == index(), "run python -m tests.programs.recipe_index"
 
 
 def test_a_row_of_the_index():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_hf.callbacks import read_log
 from kd_hf.errors import UserError
 from kd_hf.methods import get_method, method_names
+from kd_hf.run.log import read_log
 from tests.forked import Fork
 from tests.runs import ROOT, TEACHER, environment, recipe_file, run
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from kd_hf.callbacks import read_log
-from kd_hf.config import TrainConfig
 from kd_hf.errors import UserError
-from kd_hf.runtime import build_accelerator
+from kd_hf.process import build_accelerator
+from kd_hf.recipe.config import TrainConfig
+from kd_hf.run.log import read_log
 from tests.forked import free_port, launch, run
 from tests.runs import ROOT, TEACHER, environment, final_tensors, recipe_file
 

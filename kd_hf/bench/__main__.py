@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name}: expected 1 or more (got {given})")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a busy machine
 
-    from kd_hf.recipe import load_recipe
+    from kd_hf.recipe.read import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
 

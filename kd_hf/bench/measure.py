@@ -13,19 +13,21 @@ from typing import Any
 
 import torch
 
-from kd_hf.assemble import assemble, plain_twin, teacher_recipes
 from kd_hf.bench.clock import Mark, Rounds, Slot, Stopwatch, Work, medians, ratio, take_turns, totals
 from kd_hf.bench.exchange import exchange, sent_bytes
 from kd_hf.bench.memory import peak_bytes
 from kd_hf.bench.photos import Photos
 from kd_hf.bench.work import BarePair, TrainerStep, has_bf16, matrix_product, reading, teachers_in
-from kd_hf.config import Recipe
-from kd_hf.cost import step_cost
 from kd_hf.data.mix import is_mixing
-from kd_hf.data.source import Source, open_source
+from kd_hf.data.opening import open_source
+from kd_hf.data.source import Source
+from kd_hf.distillation.assembly import assemble
+from kd_hf.distillation.cost import step_cost
 from kd_hf.errors import UserError
-from kd_hf.runtime import device_name, versions
-from kd_hf.smoke import num_classes, smoke_recipe
+from kd_hf.process import device_name, versions
+from kd_hf.recipe.config import Recipe
+from kd_hf.recipe.variants import plain_twin, teacher_recipes
+from kd_hf.train.smoke import num_classes, smoke_recipe
 
 CPU_BATCH = 8
 REPEATS_ON_GPU = 10

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_hf.config import Recipe
 from kd_hf.errors import UserError, run_command
+from kd_hf.recipe.config import Recipe
 
 if TYPE_CHECKING:
     from kd_hf.bench.clock import Work
@@ -33,7 +33,7 @@ def peak_bytes(recipe: Recipe, num_classes: int) -> dict[str, int]:
         UserError: a process did not survive.
     """
     from kd_hf.files import write_text
-    from kd_hf.recipe import dump_recipe
+    from kd_hf.recipe.resolved import dump_recipe
 
     found: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -53,10 +53,10 @@ def _run(recipe: Recipe, case: str, num_classes: int) -> dict[str, int]:
     """Take the steps of a case."""
     import torch
 
-    from kd_hf.assemble import assemble
     from kd_hf.bench.photos import Photos
     from kd_hf.bench.work import BarePair, TrainerStep
-    from kd_hf.runtime import build_accelerator, set_cpu_threads
+    from kd_hf.distillation.assembly import assemble
+    from kd_hf.process import build_accelerator, set_cpu_threads
 
     batch = recipe.train.per_device_train_batch_size
     if case == "step":
@@ -99,7 +99,7 @@ def _peak() -> int:
 def main(argv: Sequence[str]) -> int:
     """Run a case and print its bytes as JSON."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from kd_hf.recipe import load_recipe
+    from kd_hf.recipe.read import load_recipe
 
     file, case, num_classes = argv
     print(json.dumps(_run(load_recipe(file), case, int(num_classes))))

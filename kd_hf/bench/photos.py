@@ -6,8 +6,8 @@ import io
 
 import numpy as np
 
-from kd_hf.data.draws import generator
 from kd_hf.data.source import Source
+from kd_hf.draws import generator
 
 SIZE = (500, 375)  # the middle of ImageNet's images
 KINDS = 8

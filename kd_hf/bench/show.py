@@ -56,7 +56,7 @@ def _rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    from kd_hf.report import table
+    from kd_hf.text.terminal import table
 
     return table(rows)
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kd_hf.assemble import assemble
 from kd_hf.bench.clock import Mark, ignore
-from kd_hf.config import Recipe
 from kd_hf.data.batch import Batch
 from kd_hf.data.source import Source
-from kd_hf.teacher import Teacher
-from kd_hf.trainer import DistillTrainer
+from kd_hf.distillation.assembly import assemble
+from kd_hf.distillation.teacher import Teacher
+from kd_hf.recipe.config import Recipe
+from kd_hf.train.trainer import DistillTrainer
 
 
 class TrainerStep:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_hf.config import DataConfig
 from kd_hf.data.source import UNLABELLED
 from kd_hf.errors import UserError, nearest
+from kd_hf.recipe.config import DataConfig
 
 if TYPE_CHECKING:
     import pyarrow

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_hf.config import DataConfig
 from kd_hf.data.source import Source, Split, choose_split
 from kd_hf.errors import UserError
+from kd_hf.recipe.config import DataConfig
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 

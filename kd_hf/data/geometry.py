@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from kd_hf.config import AugmentConfig, CropConfig
-from kd_hf.data.draws import first_bits, generator
 from kd_hf.data.pixels import CropBox
+from kd_hf.draws import first_bits, generator
+from kd_hf.recipe.config import AugmentConfig, CropConfig
 
 ENHANCERS: Mapping[str, Callable[[Image.Image], Any]] = {
     "brightness": ImageEnhance.Brightness,

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_hf.config import AugmentConfig
 from kd_hf.data.pixels import DECODERS, UnreadableImage
 from kd_hf.data.source import UNLABELLED, Source
 from kd_hf.data.views import EvalTransform, ViewPlan
 from kd_hf.errors import UserError
+from kd_hf.recipe.config import AugmentConfig
 
 SMALL_SIDE = 64  # pixels; `auto` holds no larger views
 SMALL_BYTES = 2 << 30  # of all images of a set together

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from kd_hf.data.draws import generator
 from kd_hf.data.source import UNLABELLED, Source
+from kd_hf.draws import generator
 from kd_hf.errors import UserError
 
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from kd_hf.config import DataConfig
 from kd_hf.data.batch import Batch
-from kd_hf.data.draws import hash_key, hash_keys, python_state_kept
 from kd_hf.data.geometry import Placing, draw_moves, scaled_moves
 from kd_hf.data.held import HeldViews, held_views
 from kd_hf.data.mix import Erasing, Mixing, batch_mixing, check_mixing, draw_erasing, is_mixing
@@ -22,8 +20,10 @@ from kd_hf.data.order import EpochOrder, Layout, spread_rows
 from kd_hf.data.pixels import UnreadableImage, exif_warnings_silenced
 from kd_hf.data.source import Source
 from kd_hf.data.views import EvalTransform, TrainTransform, ViewPlan, plan_views
+from kd_hf.draws import hash_key, hash_keys, python_state_kept
 from kd_hf.errors import LocalError, UserError
-from kd_hf.models.info import Preprocessing
+from kd_hf.info import Preprocessing
+from kd_hf.recipe.config import DataConfig
 
 Transform = Callable[[bytes, int], dict[str, Tensor]]
 MAX_SKIP = 100  # consecutive unreadable rows after which something else must be wrong

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kd_hf.config import AugmentConfig
-from kd_hf.data.draws import generator
+from kd_hf.draws import generator
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Target
+from kd_hf.outputs import Target
+from kd_hf.recipe.config import AugmentConfig
 
 
 @dataclass(frozen=True)

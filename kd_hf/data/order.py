@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from kd_hf.data.draws import generator
+from kd_hf.draws import generator
 from kd_hf.errors import UserError
 
 

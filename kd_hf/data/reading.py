@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from kd_hf.config import DataConfig
 from kd_hf.errors import UserError
+from kd_hf.recipe.config import DataConfig
 
 # an address up to its query, which may be a kilobyte of signatures that are nobody else's business
 ADDRESS = re.compile(r"(https?://)(?:[^\s/?#@'\"<>]*@)?([^\s?#'\"<>]*)(?:[?#][^\s'\"<>]*)?")

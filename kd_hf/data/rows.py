@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kd_hf.config import DataConfig
 from kd_hf.data.columns import LABEL_NAMES, find_columns, image_bytes, int_labels, plain_names
 from kd_hf.data.reading import check_labels
 from kd_hf.data.source import GIVEN_DATA, UNLABELLED, Source, Split
 from kd_hf.errors import UserError, nearest
+from kd_hf.recipe.config import DataConfig
 
 TEXTS = ("string", "large_string")
 _EXPECTED = "expected a PIL image, encoded bytes or a path"

@@ -14,7 +14,6 @@ from uuid import uuid4
 
 import numpy as np
 
-from kd_hf.config import DataConfig
 from kd_hf.data.columns import Columns, find_columns, image_bytes, int_labels, plain_names
 from kd_hf.data.parquet import ParquetFiles
 from kd_hf.data.reading import check_labels, library_errors
@@ -22,7 +21,8 @@ from kd_hf.data.rows import RowSource, undecoded
 from kd_hf.data.source import UNLABELLED, Source, Split, choose_split
 from kd_hf.data.tars import TarSource
 from kd_hf.errors import UserError
-from kd_hf.models.quiet import without_retries
+from kd_hf.hub_client import without_retries
+from kd_hf.recipe.config import DataConfig
 
 if TYPE_CHECKING:
     import pyarrow

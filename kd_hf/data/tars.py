@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_hf.config import DataConfig
 from kd_hf.data.columns import LABEL_NAMES, plain_names
 from kd_hf.data.folders import IMAGE_SUFFIXES
 from kd_hf.data.reading import CONTINUE, check_labels
 from kd_hf.data.source import UNLABELLED, Source
 from kd_hf.errors import UserError, nearest
+from kd_hf.recipe.config import DataConfig
 
 BLOCK = 512  # bytes; headers and contents of a tar file start at multiples of it
 RUN = 100  # consecutive samples that are read near each other

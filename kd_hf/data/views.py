@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kd_hf.config import AugmentConfig
-from kd_hf.data.draws import Draws, seed_python
 from kd_hf.data.geometry import ENHANCERS, Geometry, draw_geometry, placed
 from kd_hf.data.mix import Erasing, mix_images_, mix_target
 from kd_hf.data.pixels import DECODERS, Picture, as_image, as_tensor, decode
+from kd_hf.draws import Draws, seed_python
 from kd_hf.errors import UserError, nearest
-from kd_hf.methods.base import Target
-from kd_hf.models.info import Preprocessing
+from kd_hf.info import Preprocessing
+from kd_hf.outputs import Target
+from kd_hf.recipe.config import AugmentConfig
 
 if TYPE_CHECKING:
     from kd_hf.data.batch import Batch
@@ -143,7 +143,7 @@ class TrainTransform:
     """Bytes and sample key to one uint8 tensor ``[3, S, S]`` per view; decodes once and draws once.
 
     With `auto_augment` it seeds Python's and numpy's global generators, which timm draws from: keep them with
-    :func:`kd_hf.data.draws.python_state_kept` where that matters.
+    :func:`kd_hf.draws.python_state_kept` where that matters.
 
     Args:
         plan: of the views.

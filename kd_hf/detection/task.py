@@ -1,4 +1,4 @@
-"""Object detection as a task: see :class:`kd_hf.task.Task`."""
+"""Object detection as a task: see :class:`kd_hf.tasks.base.Task`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kd_hf.config import BoxAugment, Recipe
 from kd_hf.data.loader import BatchLoader
 from kd_hf.data.source import Split
-from kd_hf.detection.categories import is_matched, outputs_of_classes
-from kd_hf.detection.detector import TappedDetector, pretend, tap_shapes
-from kd_hf.detection.evaluation import BoxEvaluator, BoxSubject, measure_boxes
-from kd_hf.detection.info import check_tap
-from kd_hf.detection.load import load_detector
-from kd_hf.detection.loader import train_loader
-from kd_hf.detection.noise import NoiseBoxes
-from kd_hf.detection.processors import image_processor
-from kd_hf.detection.source import BoxSource, open_boxes, open_given
-from kd_hf.detection.stage import BoxStage, Images
+from kd_hf.detection.data.categories import is_matched, outputs_of_classes
+from kd_hf.detection.data.loader import train_loader
+from kd_hf.detection.data.noise import NoiseBoxes
+from kd_hf.detection.data.opening import open_boxes, open_given
+from kd_hf.detection.data.source import BoxSource
+from kd_hf.detection.data.stage import BoxStage, Images
+from kd_hf.detection.metrics.evaluator import BoxEvaluator, BoxSubject, measure_boxes
+from kd_hf.detection.networks.detector import TappedDetector, pretend, tap_shapes
+from kd_hf.detection.networks.info import check_tap
+from kd_hf.detection.networks.load import load_detector
+from kd_hf.detection.networks.processors import image_processor
+from kd_hf.distillation.teacher import Teacher
 from kd_hf.errors import UserError
-from kd_hf.evaluation import eval_batch_size
-from kd_hf.gate import GateResult
+from kd_hf.info import ModelInfo, Preprocessing
+from kd_hf.metrics.measure import eval_batch_size
+from kd_hf.metrics.predictions import Predictions
 from kd_hf.models.handle import ModelHandle
-from kd_hf.models.info import ModelInfo, Preprocessing
 from kd_hf.models.taps import Tapped
-from kd_hf.prediction import Predictions
-from kd_hf.task import Task
-from kd_hf.teacher import Teacher
+from kd_hf.recipe.config import BoxAugment, Recipe
+from kd_hf.tasks.base import GateResult, Task
 
 _GUESSING = 0.5  # average precision in percent that a network without knowledge does not reach
 _SMOKE = {"sizes": (320,), "max_size": 480, "crop": 0.0, "eval_size": 320}

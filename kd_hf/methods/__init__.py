@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kd_hf.methods.base import Method
 
 ENTRY_POINTS = "kd_hf.methods"
-# methods for detectors, by the file of kd_hf/detection that holds them
+# methods for detectors, by the file of kd_hf/detection/methods that holds them
 FOR_BOXES = {
     "detection": "criterion",
     "vidt_tokens": "token_matching",
@@ -57,7 +57,7 @@ def get_method(name: str) -> type[Method]:
     registered = _registered(name)
     if registered is not None:
         return _load(registered)
-    place = f"kd_hf.detection.{FOR_BOXES[name]}" if name in FOR_BOXES else f"{__name__}.{name}"
+    place = f"kd_hf.detection.methods.{FOR_BOXES[name]}" if name in FOR_BOXES else f"{__name__}.{name}"
     module = importlib.import_module(place)
     classes = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method))
     return next(value for value in classes if getattr(value, "name", None) == name)

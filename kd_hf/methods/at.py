@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kd_hf.methods.base import Method, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Method, Needs, Reference, require_teacher
 from kd_hf.methods.losses import full_precision
 from kd_hf.methods.stages import StagePairs, check_pairs, paired_maps, paired_roles
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 
 class AT(Method):

@@ -8,17 +8,19 @@ number (draws are arguments), never holds its outer weight (the recipe does), an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.info import ModelInfo, Shapes
+
+if TYPE_CHECKING:
+    from kd_hf.outputs import Outputs, Target
 
 OF_STUDENT = "student:"  # begins the names of the student's own parts
 
@@ -53,59 +55,6 @@ class Needs:
     gathered: bool = False  # a coupled loss mixes those of all processes, so that their number does not matter
     samples: bool = False  # it keeps something of each training image: reads `Target.row` and `Shapes.samples`
     cacheable: bool = True  # the teacher's outputs alone are enough
-
-
-@dataclass
-class Outputs:
-    """What a network gives for a batch. `taps` are keyed by the method's role names.
-
-    `logits` ``[B, K]`` come from the class head; `dist_logits` ``[B, K]`` from the distillation head when the
-    student trains with two heads, else None.
-    """
-
-    logits: Tensor
-    dist_logits: Tensor | None = None
-    taps: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same with the function's result in the place of every tensor."""
-        dist_logits = None if self.dist_logits is None else function(self.dist_logits)
-        taps = {name: function(tap) for name, tap in self.taps.items()}
-        return replace(self, logits=function(self.logits), dist_logits=dist_logits, taps=taps)
-
-    def tensors(self) -> list[Tensor]:
-        """Everything in it that lies on the device."""
-        found: list[Tensor] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
-        self.map(note)
-        return found
-
-
-@dataclass
-class Target:
-    """Labels of a batch. `hard` int64 ``[B]`` is -1 where a sample has no label; under mixing or soft labels
-    it is the argmax of the row. `soft` ``[B, K]`` is None unless rows are mixed; unlabelled rows sum to 0. `row` int64
-    ``[B]`` is the number of each image among the training images, the same in every epoch, or None."""
-
-    hard: Tensor
-    soft: Tensor | None = None
-    row: Tensor | None = None
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything in it that lies on the device."""
-        yield from (tensor for tensor in (self.hard, self.soft, self.row) if tensor is not None)
-
-    def rows(self, num_classes: int, dtype: torch.dtype) -> Tensor:
-        """Label rows ``[B, K]``: `soft`, or one-hot of `hard` (a zero row where unlabelled)."""
-        if self.soft is not None:
-            return self.soft.to(dtype)
-        known = self.hard >= 0
-        rows = torch.zeros(len(self.hard), num_classes, dtype=dtype, device=self.hard.device)
-        return rows.scatter_(1, self.hard.clamp(min=0)[:, None], known[:, None].to(dtype))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, Needs, Reference, require_teacher
 from kd_hf.methods.losses import exact, frozen, full_precision, gram_difference, unit
 from kd_hf.methods.manifold import ManifoldTerms, draw_tokens, paired, paired_taps, relations, weighted
 from kd_hf.methods.projectors import TokenProjector, kernel_macs
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 
 class ClsKD(Method):

@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Samples, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.features import patch_role, pooled, width
 from kd_hf.methods.losses import batch_mean, exact, full_precision, labelled, unit
 from kd_hf.methods.ranks import gathered
-from kd_hf.models.info import ModelInfo, Samples, Shapes
+from kd_hf.outputs import Outputs, Target
 
 # of the published formula
 EPSILON = 1e-7

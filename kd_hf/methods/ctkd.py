@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kd_hf.methods.base import Method, MethodConfig, Moment, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Method, MethodConfig, Moment, Needs, Reference, require_teacher
 from kd_hf.methods.dkd import decoupled
 from kd_hf.methods.losses import divergence, frozen, full_precision, labelled
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 
 class CTKD(Method):

@@ -8,9 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_hf.methods.base import Method, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo
+from kd_hf.methods.base import Method, Needs, Reference, require_teacher
 from kd_hf.methods.losses import frozen, full_precision
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 
 class DeiTHard(Method):

@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo
+from kd_hf.methods.base import Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.losses import logit_pair, tempered
 from kd_hf.methods.ranks import gathered
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 # added to the product of norms; part of the published formula, and not small where a column of P nearly vanishes
 EPSILON = 1e-8

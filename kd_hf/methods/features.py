@@ -10,7 +10,7 @@ import math
 from torch import Tensor
 
 from kd_hf.errors import UserError
-from kd_hf.models.info import ModelInfo
+from kd_hf.info import ModelInfo
 
 _SEPARATOR = "_after_"
 

@@ -9,11 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.losses import frozen, gram_difference, unit
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 
 class BlockPairs(MethodConfig):

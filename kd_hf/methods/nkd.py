@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo
+from kd_hf.methods.base import Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.losses import cross_entropy, labelled, logit_pair, tempered, without
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 
 class NKD(Method):

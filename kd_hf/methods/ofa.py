@@ -13,11 +13,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.features import as_tokens, map_shape, patch_role, prefix_length
 from kd_hf.methods.losses import cross_entropy, frozen, full_precision, labelled, tempered
 from kd_hf.methods.projectors import kernel_macs
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 StageNumber = Literal[1, 2, 3, 4]
 Epsilon = Annotated[float, Field(gt=0)]

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo
+from kd_hf.methods.base import Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.features import patch_role, pooled
 from kd_hf.methods.losses import exact, frozen, full_precision
 from kd_hf.methods.ranks import gathered
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 # of the published formula: added to lengths and to probabilities
 EPSILON = 1e-7

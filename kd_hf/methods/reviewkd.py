@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.features import as_map, map_shape, patch_role
 from kd_hf.methods.losses import frozen, full_precision
 from kd_hf.methods.projectors import kernel_macs
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 POOLED = "pooled"
 PYRAMID = (4, 2, 1)  # cells a side at which features are compared beside their own resolution

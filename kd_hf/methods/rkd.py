@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo
+from kd_hf.methods.base import Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.features import patch_role, pooled
 from kd_hf.methods.losses import frozen, full_precision
 from kd_hf.methods.ranks import gathered
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 # rows that are nearer than this count as equal: their direction would be a quotient of rounding errors
 NEAREST = 1e-6

@@ -11,12 +11,13 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.cross_attention import CrossAttentionProjector, PointwiseProjector, mimicking, without_mean
 from kd_hf.methods.features import as_map, as_tokens, map_shape, patch_role, width
 from kd_hf.methods.losses import batch_mean, frozen, full_precision
-from kd_hf.models.info import ModelInfo, Shapes
 from kd_hf.models.parts import AFTER, final_tap, last_stage_entry
+from kd_hf.outputs import Outputs, Target
 
 Stage = Literal["s3", "s4"]
 Factor = Annotated[float, Field(ge=0)]

@@ -11,11 +11,12 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.dkd import decoupled
 from kd_hf.methods.losses import divergence, exact, frozen, full_precision, labelled, tempered
 from kd_hf.methods.nkd import normalised
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 GRID = 4  # all regions are made of the cells of this grid
 STUDENT_HEAD = "student:head"

@@ -8,10 +8,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo
+from kd_hf.methods.base import Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.losses import exact, frozen, full_precision
 from kd_hf.methods.ranks import gathered
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 
 class SP(Method):

@@ -9,10 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.losses import batch_mean, exact, frozen, full_precision
 from kd_hf.methods.projectors import Connector, kernel_macs
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 
 class SRRL(Method):

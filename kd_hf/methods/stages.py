@@ -9,10 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import MethodConfig, Outputs
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import MethodConfig
 from kd_hf.methods.features import as_map, map_shape, patch_role
 from kd_hf.methods.losses import frozen
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs
 
 
 class StagePairs(MethodConfig):

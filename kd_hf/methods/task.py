@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target
+from kd_hf.info import ModelInfo
+from kd_hf.methods.base import Method, MethodConfig, Needs, Reference
 from kd_hf.methods.losses import batch_mean, full_precision
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 
 class Task(Method):

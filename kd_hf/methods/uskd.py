@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference
 from kd_hf.methods.losses import cross_entropy, full_precision, without
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 # fixed in the published loss, whatever the task loss does
 SMOOTHING = 0.1

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kd_hf.methods.base import Cost, Method, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, Needs, Reference, require_teacher
 from kd_hf.methods.losses import full_precision
 from kd_hf.methods.projectors import kernel_macs
 from kd_hf.methods.stages import StagePairs, check_pairs, paired_maps, paired_roles
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 # keeps the variance above 0; part of the published formula
 LEAST_VARIANCE = 1e-5

@@ -9,13 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.losses import squared_distance
 from kd_hf.methods.manifold import block_taps
 from kd_hf.methods.projectors import Generator, align_tokens, kernel_macs
-from kd_hf.models.info import ModelInfo, Shapes
+from kd_hf.outputs import Outputs, Target
 
 HIGH = "high"
 

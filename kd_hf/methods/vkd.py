@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo, Shapes
+from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.features import patch_role, pooled, width
 from kd_hf.methods.losses import batch_mean, divergence, frozen, full_precision
 from kd_hf.methods.orthogonal import Map, OrthogonalProjection
-from kd_hf.models.info import ModelInfo, Shapes
 from kd_hf.models.parts import final_tap
+from kd_hf.outputs import Outputs, Target
 
 FEATURE = "feature"
 

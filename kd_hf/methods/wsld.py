@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from kd_hf.methods.base import Method, MethodConfig, Needs, Outputs, Reference, Target, require_teacher
+from kd_hf.info import ModelInfo
+from kd_hf.methods.base import Method, MethodConfig, Needs, Reference, require_teacher
 from kd_hf.methods.losses import cross_entropy, frozen, full_precision, labelled, tempered
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 # keeps the quotient finite for a teacher that is certain; part of the published formula
 TEACHER_LOSS_FLOOR = 1e-7

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_hf.errors import UserError
-from kd_hf.hub import patiently
+from kd_hf.hub_client import patiently
 
 _SHA256 = 64  # hexadecimal digits
 _STATUS = {

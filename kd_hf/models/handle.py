@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_hf.models.info import ModelInfo, PreActivation, Preprocessing, Stage
+from kd_hf.info import ModelInfo, PreActivation, Preprocessing, Stage
 
 # timm classes whose feature_info names modules that do not return the feature it means, as one tensor in one layout
 _TIMM_IRREGULAR = frozenset(

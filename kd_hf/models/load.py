@@ -11,20 +11,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from kd_hf.config import PreprocessingConfig
 from kd_hf.errors import UserError, nearest
+from kd_hf.info import Preprocessing
 from kd_hf.models.download import download_model
-from kd_hf.models.given import config_label_names, processor_preprocessing, timm_preprocessing
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm, describe_transformers
-from kd_hf.models.info import Preprocessing
+from kd_hf.models.live import config_label_names, processor_preprocessing, timm_preprocessing
 from kd_hf.models.pickles import PICKLES, with_safetensors
 from kd_hf.models.quiet import quiet_transformers
 from kd_hf.models.students import LIBRARY, OWN, STOCK_FACTS, Student, find_student, read_weights
+
+if TYPE_CHECKING:
+    from kd_hf.recipe.config import PreprocessingConfig
 
 WEIGHTS = "model*.safetensors"
 # what constructors and state dict loading raise when a recipe's values do not fit the network

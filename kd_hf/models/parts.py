@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
+from kd_hf.info import ModelInfo
 from kd_hf.models.handle import ModelHandle
-from kd_hf.models.info import ModelInfo
 from kd_hf.models.taps import resolve_tap
 
 HEAD, AFTER, NORM = "head", "after:", "norm:"

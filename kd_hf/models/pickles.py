@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd_hf.artefact import write_safetensors
 from kd_hf.errors import UserError
+from kd_hf.models.safetensors import write_safetensors
 
 PICKLES = "pytorch_model*.bin"
 

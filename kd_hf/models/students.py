@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from kd_hf.errors import UserError, nearest
-from kd_hf.models.info import Preprocessing
+from kd_hf.info import Preprocessing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

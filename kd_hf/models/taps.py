@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError, nearest
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.info import ModelInfo
 from kd_hf.models.handle import ModelHandle
-from kd_hf.models.info import ModelInfo
+from kd_hf.outputs import Outputs, Target
 
 
 @dataclass(frozen=True)

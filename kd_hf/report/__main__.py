@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from kd_hf.errors import UserError, run_command
-from kd_hf.report import SAMPLES, closing_text, write_report
+from kd_hf.report import SAMPLES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     if args.samples < 1:
         raise UserError(f"--samples: expected at least 1 image (got {args.samples})")
 
-    from kd_hf.record import RunRecord
+    from kd_hf.report.build import write_report
+    from kd_hf.report.closing import closing_text
+    from kd_hf.run.record import RunRecord
 
     record = RunRecord.read(args.run)
     write_report(record, device=_device(args.use_cpu), samples=args.samples, progress=True)

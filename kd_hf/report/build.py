@@ -7,34 +7,55 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from kd_hf import __version__
-from kd_hf.assemble import load_network
-from kd_hf.data.source import Source
+from kd_hf.distillation.assembly import load_network
 from kd_hf.errors import UserError
 from kd_hf.files import atomic_folder
-from kd_hf.models.handle import ModelHandle
-from kd_hf.record import RunRecord
-from kd_hf.report import PAGE, figures, galleries, load_lines
+from kd_hf.hub.artefact import load_lines
+from kd_hf.layout import PAGE
+from kd_hf.report import SAMPLES, figures, galleries
 from kd_hf.report import facts as words
-from kd_hf.report import networks as table_of_networks
 from kd_hf.report.attention import gaze
 from kd_hf.report.page import Page, render
 from kd_hf.report.probe import PLAIN, STUDENT, Sample, class_gains, confusions, linear_cka, look
+from kd_hf.report.rows import networks as table_of_networks
+from kd_hf.run.record import RunRecord
+from kd_hf.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from kd_hf.data.source import Source
+    from kd_hf.models.handle import ModelHandle
 
 
-def build_report(
+def write_report(
     record: RunRecord,
-    teachers: Mapping[str, ModelHandle] | None,
-    source: Source | None,
-    device: str | torch.device,
-    samples: int,
-    progress: bool,
+    *,
+    teachers: Mapping[str, ModelHandle] | None = None,
+    source: Source | None = None,
+    device: str | torch.device = "cpu",
+    samples: int = SAMPLES,
+    progress: bool = False,
 ) -> Path:
-    """Write the page and its pictures; see :func:`kd_hf.report.write_report`."""
+    """Write ``report/`` of a run, finished or not, and return the page's path; an older one is replaced as a whole.
+
+    Args:
+        record: the run.
+        teachers: its teachers by name, whole (not sharded), on any device; they are left as they are. When None
+            they are loaded as the recipe says.
+        source: the evaluation images; opened as the recipe says when None.
+        device: where the networks that are loaded here run.
+        samples: look at this many images, spread over the set; CKA uses 512 of them at most.
+        progress: show a bar.
+
+    What cannot be had (an unfinished student, a teacher or data that are gone) is named on the page, which then
+    holds the rest.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     page = Page(record.name, words.outcome(record), notes=words.state(record), version=__version__)
     page.tiles, page.metrics = words.tiles(record), words.metrics(record)
     page.networks = table_of_networks(record)
@@ -108,7 +129,7 @@ def _add_detectors(
     progress: bool,
 ) -> None:
     """The picture of what detectors find."""
-    from kd_hf.report.detectors import side_by_side
+    from kd_hf.report.detections import side_by_side
 
     drawn, others = side_by_side(networks, source, record.recipe, device, samples)
     _add(page, drawn)

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 import yaml
 
-from kd_hf.card.metadata import PRECISIONS, RECALLS, in_billions
-from kd_hf.record import RunRecord
-from kd_hf.report import Row, about_labels, rows, student_name
+from kd_hf.hub.metadata import in_billions
+from kd_hf.report.rows import Row, rows, student_name
+from kd_hf.run.record import RunRecord
+from kd_hf.tasks.score import PRECISIONS, RECALLS
 
 _METRICS = {
     "top1": "top-1 %",
@@ -161,3 +162,12 @@ def beyond_defaults(record: RunRecord) -> str:
     """What the recipe says that is not a default, as YAML."""
     values = record.recipe.model_dump(mode="json", exclude_defaults=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def about_labels(record: RunRecord) -> str:
+    """One sentence about a run that had few labels."""
+    data = record.recipe.data
+    text = f"Labels of {data.num_labels} training images were used"
+    if record.recipe.all_teachers() and data.unlabelled == "keep":
+        return f"{text}; the distilled student also had the teacher's outputs on the others."
+    return f"{text}."

@@ -20,13 +20,13 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from kd_hf.report import rows
+from kd_hf.report.rows import rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from kd_hf.record import RunRecord
     from kd_hf.report.probe import Gains
+    from kd_hf.run.record import RunRecord
 
 DPI = 150
 WIDTH = 9.0  # inches

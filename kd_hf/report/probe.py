@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from kd_hf.callbacks import watched
 from kd_hf.data.batch import Batch
 from kd_hf.data.loader import eval_loader
 from kd_hf.data.source import Source
 from kd_hf.data.views import DeviceStage
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs
+from kd_hf.info import ModelInfo
 from kd_hf.models.handle import ModelHandle
-from kd_hf.models.info import ModelInfo
 from kd_hf.models.taps import TappedModel, available_taps
+from kd_hf.outputs import Outputs
+from kd_hf.text.terminal import watched
 
 STUDENT, PLAIN = "student", "plain student"
 CKA_SAMPLES = 512

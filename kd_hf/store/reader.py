@@ -9,34 +9,38 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd_hf.config import Recipe, TeacherConfig, TrainConfig
 from kd_hf.data.geometry import takes_jitter
 from kd_hf.data.mix import is_mixing
 from kd_hf.data.order import Layout
 from kd_hf.data.source import Source
 from kd_hf.data.views import plan_views
 from kd_hf.errors import LocalError, UserError
-from kd_hf.methods.base import Outputs
+from kd_hf.info import ModelInfo, Preprocessing, Shapes
+from kd_hf.layout import STUDENT
 from kd_hf.models.handle import ModelHandle, Origin
-from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
-from kd_hf.recipe import trained_hash
-from kd_hf.record import STUDENT
-from kd_hf.store import KEY, KEY_MASK, Store, StoredNetwork, first_difference, matrix, open_store, read_info, spread
-
-if TYPE_CHECKING:
-    from kd_hf.distill import Choice
+from kd_hf.outputs import Outputs
+from kd_hf.recipe.config import Recipe, TeacherConfig, TrainConfig
+from kd_hf.recipe.resolved import trained_hash
+from kd_hf.store.format import (
+    KEY,
+    KEY_MASK,
+    Store,
+    StoredNetwork,
+    first_difference,
+    matrix,
+    open_store,
+    read_info,
+    spread,
+)
 
 _AHEAD = 3
 _SAMPLES, _RUN = 4, 16  # places of the training images that are compared, and rows at each
-
-
-# --- what decides what a teacher is shown ---------------------------------------------------------------------------
 
 
 def depends_on_batch(recipe: Recipe, source: Source) -> bool:
@@ -121,9 +125,6 @@ def trained_by(cfg: TeacherConfig) -> str | None:
     """Hash of the recipe that trained a teacher, when it is a run folder on this machine."""
     folder = Path(cfg.model or "").expanduser()
     return trained_hash(folder / STUDENT) or trained_hash(folder)
-
-
-# --- reading -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -314,35 +315,3 @@ class Reader:
         classes = tensor("classes", np.int64) if f"{name}_classes" in rows else None
         taps = {tap: tensor(tap).float().reshape(-1, *facts.taps[tap]) for tap in self.taps}
         return Outputs(spread(tensor("values"), classes, facts.num_classes), None, taps)
-
-
-# --- which methods a store can serve --------------------------------------------------------------------------------
-
-
-def check_methods(
-    choices: Sequence[Choice], stored: Mapping[str, StoredTeacher | None], place: str = "teacher.store"
-) -> None:
-    """Raise :class:`UserError` for a method that needs the teacher itself, or a tap that is not stored.
-
-    Args:
-        choices: the recipe's methods.
-        stored: by teacher; None while the store is being written.
-        place: the recipe's key or command to name.
-    """
-    for choice in choices:
-        if choice.teacher is None or choice.teacher not in stored:
-            continue
-        if choice.needs.parts or not choice.needs.cacheable:
-            parts = f" ({', '.join(choice.needs.parts)})" if choice.needs.parts else ""
-            raise UserError(
-                f"{place}: methods.{choice.name} runs parts of the teacher by itself{parts}, which stored outputs "
-                "cannot replace; train with the teacher, or without this method"
-            )
-        teacher = stored[choice.teacher]
-        missing = [tap for tap in choice.needs.teacher.values() if teacher and tap not in teacher.facts.taps]
-        if teacher and missing:
-            known = ", ".join(teacher.facts.taps) or "none"
-            raise UserError(
-                f"{place}: methods.{choice.name} reads the teacher's tap '{missing[0]}', which '{teacher.store.place}' "
-                f"does not hold (taps: {known}); write a store for this recipe, with --taps"
-            )

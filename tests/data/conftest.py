@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_hf.config import DataConfig
-from kd_hf.data.draws import generator
-from kd_hf.data.source import open_source
+from kd_hf.data.opening import open_source
+from kd_hf.draws import generator
 from kd_hf.errors import UserError
+from kd_hf.recipe.config import DataConfig
 
 
 def make_image(index, width=48, height=40):

@@ -2,8 +2,8 @@ import pickle
 
 import pytest
 
-from kd_hf.config import DataConfig
-from kd_hf.data.source import open_source
+from kd_hf.data.opening import open_source
+from kd_hf.recipe.config import DataConfig
 from tests.data.conftest import encode, make_image, refused, write_folders
 
 

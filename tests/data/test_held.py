@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from kd_hf import DistillTrainer
-from kd_hf.callbacks import read_log
-from kd_hf.checkpoint import list_checkpoints
-from kd_hf.config import AugmentConfig, CropConfig, DataConfig
-from kd_hf.data.draws import first_bits, generator, hash_key, hash_keys
 from kd_hf.data.geometry import draw_geometry, draw_moves
 from kd_hf.data.loader import eval_loader, train_loader
 from kd_hf.data.views import DeviceStage
+from kd_hf.draws import first_bits, generator, hash_key, hash_keys
 from kd_hf.errors import UserError
-from kd_hf.models.info import Preprocessing
+from kd_hf.info import Preprocessing
+from kd_hf.recipe.config import AugmentConfig, CropConfig, DataConfig
+from kd_hf.run.checkpoint import list_checkpoints
+from kd_hf.run.log import read_log
 from tests.data.conftest import encode, make_image
 from tests.data.test_loader import Pictures
 from tests.runs import TEACHER, assert_same_tensors, final_tensors, recipe

@@ -1,8 +1,8 @@
 import numpy as np
 
-from kd_hf.config import DataConfig
 from kd_hf.data.labels import LabelSubset, choose_labelled
-from kd_hf.data.source import open_source
+from kd_hf.data.opening import open_source
+from kd_hf.recipe.config import DataConfig
 from tests.data.conftest import contents, refused
 
 

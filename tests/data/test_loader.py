@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_hf.config import AugmentConfig, DataConfig
-from kd_hf.data.draws import hash_key
 from kd_hf.data.loader import eval_loader, train_loader
 from kd_hf.data.mix import mix_images_, mix_target
-from kd_hf.data.source import Source, open_source
+from kd_hf.data.opening import open_source
+from kd_hf.data.source import Source
 from kd_hf.data.views import DeviceStage
+from kd_hf.draws import hash_key
 from kd_hf.errors import UserError
-from kd_hf.models.info import Preprocessing
+from kd_hf.info import Preprocessing
+from kd_hf.recipe.config import AugmentConfig, DataConfig
 from tests.data.conftest import encode, make_image, write_folders, write_parquet
 
 SMALL = Preprocessing(image_size=16)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_hf import train
-from kd_hf.checkpoint import list_checkpoints, step_of
-from kd_hf.config import DataConfig
+from kd_hf.data.opening import open_source
 from kd_hf.data.parquet import ParquetFiles
-from kd_hf.data.source import open_source
 from kd_hf.data.tars import TarSource
 from kd_hf.errors import run_command
+from kd_hf.recipe.config import DataConfig
+from kd_hf.run.checkpoint import list_checkpoints, step_of
+from kd_hf.train.__main__ import main
 from tests.data.conftest import write_tar
 from tests.runs import assert_same_tensors, final_tensors, recipe_file
 
@@ -57,7 +57,7 @@ def command(tmp_path, digits_files, monkeypatch, capsys):
         file = recipe_file(tmp_path / "recipe.yaml", tmp_path / run, {"data": data, "train": STEPS})
         monkeypatch.setattr(sys, "argv", ["train", str(file)])
         with pytest.raises(SystemExit) as end:
-            run_command(train.main)
+            run_command(main)
         return end.value.code, capsys.readouterr().err.splitlines()
 
     return call

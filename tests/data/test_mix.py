@@ -4,7 +4,6 @@ import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from kd_hf.config import AugmentConfig
 from kd_hf.data.mix import (
     Box,
     Mixing,
@@ -18,6 +17,7 @@ from kd_hf.data.mix import (
     mix_target,
 )
 from kd_hf.errors import UserError
+from kd_hf.recipe.config import AugmentConfig
 
 BOTH = AugmentConfig(mixup=0.8, cutmix=1.0)
 

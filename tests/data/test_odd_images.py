@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_hf.config import DataConfig
 from kd_hf.data.loader import eval_loader, train_loader
+from kd_hf.data.opening import open_source
 from kd_hf.data.pixels import exif_warnings_silenced
-from kd_hf.data.source import open_source
-from kd_hf.models.info import Preprocessing
+from kd_hf.info import Preprocessing
+from kd_hf.recipe.config import DataConfig
 from tests.data.conftest import encode, make_image, write_tar
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # about broken EXIF, for one

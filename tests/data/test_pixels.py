@@ -8,9 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_hf.config import AugmentConfig, CropConfig
 from kd_hf.data import pixels
-from kd_hf.data.draws import generator
 from kd_hf.data.geometry import random_resized_box
 from kd_hf.data.pixels import (
     DECODERS,
@@ -23,7 +21,9 @@ from kd_hf.data.pixels import (
     exif_warnings_silenced,
 )
 from kd_hf.data.views import TrainTransform, plan_views
-from kd_hf.models.info import Preprocessing
+from kd_hf.draws import generator
+from kd_hf.info import Preprocessing
+from kd_hf.recipe.config import AugmentConfig, CropConfig
 from tests.data.conftest import encode, make_image
 
 

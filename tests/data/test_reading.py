@@ -1,8 +1,8 @@
 import pytest
 
-from kd_hf.config import DataConfig
 from kd_hf.data.reading import check_labels, library_errors, plain_reason
 from kd_hf.errors import UserError
+from kd_hf.recipe.config import DataConfig
 
 SIGNED = "https://cdn-lfs.hf.co/repos/ab/cd?X-Amz-Signature=00ff&X-Amz-Expires=60#part"
 

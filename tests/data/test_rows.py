@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_hf.config import DataConfig
 from kd_hf.data.loader import eval_loader
+from kd_hf.data.opening import open_source
 from kd_hf.data.pixels import decode
 from kd_hf.data.rows import encode_image, open_rows
-from kd_hf.data.source import open_source
 from kd_hf.errors import UserError
-from kd_hf.models.info import Preprocessing
+from kd_hf.info import Preprocessing
+from kd_hf.recipe.config import DataConfig
 from tests.data.conftest import contents, encode, make_image, write_parquet
 
 NAMES = ("ant", "bee", "cat")

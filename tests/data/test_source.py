@@ -3,8 +3,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from kd_hf.config import DataConfig
-from kd_hf.data.source import open_source
+from kd_hf.data.opening import open_source
+from kd_hf.recipe.config import DataConfig
 from tests.data.conftest import contents, refused
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kd_hf.config import DataConfig
+from kd_hf.data.opening import open_source
 from kd_hf.data.parquet import ParquetFiles
-from kd_hf.data.source import open_source
 from kd_hf.errors import UserError
+from kd_hf.recipe.config import DataConfig
 from tests.data.conftest import contents, encode, make_image, refused, write_folders, write_parquet
 
 

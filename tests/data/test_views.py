@@ -8,9 +8,7 @@ from timm.data import create_transform
 from torch.testing import assert_close
 from torchvision import transforms as tv
 
-from kd_hf.config import AugmentConfig, CropConfig
 from kd_hf.data.batch import Batch
-from kd_hf.data.draws import Draws, generator, hash_key, seed_python
 from kd_hf.data.geometry import Geometry, draw_geometry, random_resized_box
 from kd_hf.data.mix import Box, Erasing, Mixing
 from kd_hf.data.pixels import PilPicture, as_image, as_tensor
@@ -24,8 +22,10 @@ from kd_hf.data.views import (
     plan_views,
     take_view,
 )
+from kd_hf.draws import Draws, generator, hash_key, seed_python
 from kd_hf.errors import UserError
-from kd_hf.models.info import Preprocessing
+from kd_hf.info import Preprocessing
+from kd_hf.recipe.config import AugmentConfig, CropConfig
 from tests.data.conftest import encode, make_image
 
 SMALL = Preprocessing(image_size=32)

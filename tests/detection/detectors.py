@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kd_hf.detection.detector import TappedDetector
-from kd_hf.detection.load import load_detector
-from kd_hf.detection.stage import BoxTarget, Images
+from kd_hf.detection.data.stage import BoxTarget, Images
+from kd_hf.detection.networks.detector import TappedDetector
+from kd_hf.detection.networks.load import load_detector
 
 QUERIES, CLASSES = 7, 5
 _RESNET = {

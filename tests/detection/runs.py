@@ -6,11 +6,11 @@ import json
 
 import torch
 
-from kd_hf.artefact import save_student
-from kd_hf.callbacks import LOG
-from kd_hf.config import Recipe
-from kd_hf.recipe import RESOLVED, dump_recipe
-from kd_hf.record import RunRecord
+from kd_hf.hub.artefact import save_student
+from kd_hf.layout import LOG, RESOLVED
+from kd_hf.recipe.config import Recipe
+from kd_hf.recipe.resolved import dump_recipe
+from kd_hf.run.record import RunRecord
 from tests.detection.scenes import NAMES, scene, write_parquet
 from tests.runs import RECIPE, merged
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from kd_hf.data.draws import generator
-from kd_hf.detection.objects import make_objects
-from kd_hf.detection.source import BoxSource
-from kd_hf.models.info import Preprocessing
+from kd_hf.detection.data.objects import make_objects
+from kd_hf.detection.data.source import BoxSource
+from kd_hf.draws import generator
+from kd_hf.info import Preprocessing
 
 NAMES = ("red", "green", "blue")
 VIEW = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from kd_hf.assemble import assemble
-from kd_hf.recipe import load_recipe
-from tests.recipe_index import processes, published
+from kd_hf.distillation.assembly import assemble
+from kd_hf.recipe.read import load_recipe
+from tests.programs.recipe_index import processes, published
 from tests.runs import ROOT
 
 FOLDER = ROOT / "recipes"

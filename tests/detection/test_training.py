@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 
-from kd_hf.artefact import save_student
-from kd_hf.callbacks import read_log
-from kd_hf.checkpoint import list_checkpoints
-from kd_hf.data.draws import generator
-from kd_hf.detection.load import load_detector
+from kd_hf.detection.networks.load import load_detector
+from kd_hf.draws import generator
 from kd_hf.errors import UserError
-from kd_hf.recipe import load_recipe, make_recipe
-from kd_hf.trainer import DistillTrainer
+from kd_hf.hub.artefact import save_student
+from kd_hf.recipe.read import load_recipe, make_recipe
+from kd_hf.run.checkpoint import list_checkpoints
+from kd_hf.run.log import read_log
+from kd_hf.train.trainer import DistillTrainer
 from tests.detection.scenes import draw, write_parquet
 from tests.forked import launch
 from tests.runs import assert_same_tensors, final_tensors, merged, recipe_file
-from tests.test_trainer import Kill
+from tests.train.test_trainer import Kill
 
 SIZES = {"depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "num_queries": 6, "d_model": 64,
          "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 16, "decoder_n_points": 2}  # fmt: skip

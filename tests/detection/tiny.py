@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kd_hf.detection.vidt import ViDTForObjectDetection
-from kd_hf.detection.vidt_config import ViDTConfig
+from kd_hf.detection.networks.vidt import ViDTForObjectDetection
+from kd_hf.detection.networks.vidt_config import ViDTConfig
 
 PLUS = {"fusion": True, "iou_aware": True, "token_label": True, "mask_vector": 12, "mask_size": 8}
 SIZES = ((52, 70), (64, 45))  # pixels of each image

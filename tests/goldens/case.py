@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kd_hf.info import Shapes
 from kd_hf.methods import get_method
-from kd_hf.methods.base import Method, Outputs
-from kd_hf.models.info import Shapes
+from kd_hf.methods.base import Method
+from kd_hf.outputs import Outputs
 from tests.goldens.layout import NO_CHANGE, Layout, Output, Term, check_facts, make_terms, recorded_outputs, rename
 from tests.goldens.record import Golden, Mismatch
 

@@ -12,12 +12,13 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from kd_hf.distill import Choice, DistillModule, build_methods, taps_of
+from kd_hf.distillation.choices import Choice, taps_of
+from kd_hf.distillation.module import DistillModule, build_methods
+from kd_hf.info import ModelInfo, Preprocessing, Shapes
 from kd_hf.methods import get_method
-from kd_hf.methods.base import Outputs
 from kd_hf.models.handle import describe_timm
-from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
 from kd_hf.models.taps import TappedModel, tap_shapes
+from kd_hf.outputs import Outputs
 from tests.goldens.case import Run, load, recorded_draws
 from tests.goldens.families import layouts
 from tests.goldens.layout import LOSS, NO_CHANGE, Output, Term, check_facts, make_term, rename

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kd_hf.methods.base import Outputs
 from kd_hf.models.recompute import enable_checkpointing
+from kd_hf.outputs import Outputs
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kd_hf.methods.base import Target
+from kd_hf.outputs import Target
 from tests.goldens.options import PLAIN, Option
 
 T = TypeVar("T")

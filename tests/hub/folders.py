@@ -7,8 +7,8 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from kd_hf.callbacks import LOG
-from kd_hf.checkpoint import save_checkpoint
+from kd_hf.layout import LOG
+from kd_hf.run.checkpoint import save_checkpoint
 from tests import runs
 
 

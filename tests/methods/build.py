@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kd_hf.methods.base import Outputs, Target
-from kd_hf.models.info import Shapes
+from kd_hf.info import Shapes
+from kd_hf.outputs import Outputs, Target
 
 
 def build(method, classes=7, student=None, teacher=None, **config):

@@ -1,8 +1,8 @@
 """Every loss as its paper writes it, step by step and without regard to cost or extreme logits.
 
 The methods must give the same values and gradients (`test_straightforward.py`) in less time
-(``python -m tests.loss_times``). Labels are indices ``[B]`` or, where a loss takes them, mixed rows ``[B, K]``;
-factors are left out where they only multiply a whole loss.
+(``python -m tests.programs.loss_times``). Labels are indices ``[B]`` or, where a loss takes them, mixed rows
+``[B, K]``; factors are left out where they only multiply a whole loss.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
 from kd_hf.methods.cls_kd import ClsKD, adaptive_mean
 from kd_hf.methods.manifold import Manifold
+from kd_hf.outputs import Outputs, Target
 from kd_hf.testing import tiny_stages, tiny_vit
 from tests.methods.build import build
 

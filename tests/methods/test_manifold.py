@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
 from kd_hf.methods.manifold import Manifold, merge_patches
+from kd_hf.outputs import Outputs, Target
 from kd_hf.testing import check_method, tiny_stages, tiny_vit
 from tests.methods.build import build
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
 from kd_hf.methods.mgd import MGD
+from kd_hf.outputs import Outputs, Target
 from tests.methods.build import build
 
 SAME = {"student": {"feature": (4, 3, 5)}, "teacher": {"feature": (4, 3, 5)}}

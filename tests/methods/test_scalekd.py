@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from kd_hf.distill import Choice, DistillModule, build_methods, taps_of
+from kd_hf.distillation.choices import Choice, taps_of
+from kd_hf.distillation.module import DistillModule, build_methods
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.info import ModelInfo, Preprocessing, Shapes, Stage
 from kd_hf.methods.scalekd import ScaleKD
-from kd_hf.models.info import ModelInfo, Preprocessing, Shapes, Stage
 from kd_hf.models.load import load_model
 from kd_hf.models.parts import live_part
 from kd_hf.models.taps import TappedModel, tap_shapes
+from kd_hf.outputs import Outputs, Target
 from kd_hf.testing import check_method, tiny_stages, tiny_vit
 
 CNN, WIDER = tiny_stages("cnn"), tiny_stages("wider", (8, 10, 12, 16))

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.info import Preprocessing, Shapes
 from kd_hf.methods.srrl import SRRL
 from kd_hf.models.handle import describe_timm
-from kd_hf.models.info import Preprocessing, Shapes
 from kd_hf.models.taps import TappedModel
+from kd_hf.outputs import Outputs, Target
 from kd_hf.testing import tiny_stages
 
 CLASSES, WIDTH, CHANNELS = 7, 4, 6

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.info import Shapes
 from kd_hf.methods.cls_kd import ClsKD
 from kd_hf.methods.cross_attention import CrossAttentionProjector, mimicking, without_mean
 from kd_hf.methods.deit_soft import DeiTSoft
@@ -20,7 +20,7 @@ from kd_hf.methods.uskd import USKD
 from kd_hf.methods.vitkd import ViTKD
 from kd_hf.methods.vkd import VkD
 from kd_hf.methods.wsld import WSLD
-from kd_hf.models.info import Shapes
+from kd_hf.outputs import Outputs, Target
 from tests.methods import straightforward as plain
 from tests.methods.build import build, logits, run
 

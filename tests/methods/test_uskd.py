@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from kd_hf.errors import UserError
+from kd_hf.info import Stage
 from kd_hf.methods.uskd import CLASS_TOKEN, NORMED, POOLED, USKD
-from kd_hf.models.info import Stage
 from kd_hf.testing import tiny_stages, tiny_vit
 from tests.methods.build import build, logits, run
 
@@ -131,8 +131,8 @@ def test_default_feature_of_each_family(student, role, tap):
 def test_default_feature_of_real_networks_is_the_published_one(name, kwargs, expected):
     import timm
 
+    from kd_hf.info import Preprocessing
     from kd_hf.models.handle import describe_timm
-    from kd_hf.models.info import Preprocessing
     from kd_hf.models.taps import resolve_tap
 
     with torch.device("meta"):

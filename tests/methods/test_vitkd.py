@@ -6,10 +6,10 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_hf.data.draws import Draws
+from kd_hf.draws import Draws
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
 from kd_hf.methods.vitkd import ViTKD
+from kd_hf.outputs import Outputs, Target
 from kd_hf.testing import check_method, tiny_stages, tiny_vit
 from tests.methods.build import build
 

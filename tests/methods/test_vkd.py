@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.info import ModelInfo, Preprocessing, Shapes
 from kd_hf.methods.vkd import VkD, standardise, whiten
-from kd_hf.models.info import ModelInfo, Preprocessing, Shapes
+from kd_hf.outputs import Outputs, Target
 from kd_hf.testing import check_method, tiny_stages, tiny_vit
 
 CNN, WIDER = tiny_stages("cnn"), tiny_stages("wider", (8, 10, 12, 16))

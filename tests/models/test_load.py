@@ -6,10 +6,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from kd_hf.artefact import save_student
-from kd_hf.config import PreprocessingConfig
 from kd_hf.errors import UserError
+from kd_hf.hub.artefact import save_student
 from kd_hf.models.load import load_model
+from kd_hf.recipe.config import PreprocessingConfig
 from tests.hub.server import serve
 from tests.models.families import HF_SWIN, HF_TWO_HEADS, HF_VIT, VIT
 

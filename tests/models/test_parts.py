@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kd_hf.errors import UserError
+from kd_hf.info import ModelInfo, Preprocessing, Stage
 from kd_hf.models.handle import ModelHandle, Origin
-from kd_hf.models.info import ModelInfo, Preprocessing, Stage
 from kd_hf.models.load import load_model
 from kd_hf.models.parts import final_tap, last_stage_entry, live_part
 from kd_hf.models.taps import TappedModel

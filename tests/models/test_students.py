@@ -12,8 +12,8 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn import functional
 
-from kd_hf.artefact import save_student
 from kd_hf.errors import UserError
+from kd_hf.hub.artefact import save_student
 from kd_hf.models.load import load_model
 from kd_hf.models.students import STUDENTS
 from kd_hf.models.taps import TappedModel, available_taps, tap_shapes

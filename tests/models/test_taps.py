@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from kd_hf.errors import UserError
+from kd_hf.info import Preprocessing
 from kd_hf.models.handle import describe_torch
-from kd_hf.models.info import Preprocessing
 from kd_hf.models.parts import live_part
 from kd_hf.models.taps import TappedModel, available_taps, check_tap, tap_shapes
 from tests.models.families import (

@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 
-from kd_hf.callbacks import JsonLines
-from kd_hf.recipe import RESOLVED, dump_recipe
-from kd_hf.record import RunRecord
+from kd_hf.layout import RESOLVED
+from kd_hf.recipe.resolved import dump_recipe
 from kd_hf.report import figures
-from kd_hf.train import train_recipe
-from kd_hf.trainer import DistillTrainer
+from kd_hf.run.log import JsonLines
+from kd_hf.run.record import RunRecord
+from kd_hf.train.chain import train_recipe
+from kd_hf.train.trainer import DistillTrainer
 from tests.runs import recipe
 
 MODELS = {

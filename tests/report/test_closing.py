@@ -7,10 +7,12 @@ import timm
 import torch
 import transformers
 
-from kd_hf.artefact import save_student
+from kd_hf.hub.artefact import load_lines, save_student
 from kd_hf.models.load import load_model
-from kd_hf.report import closing_text, finish_report, load_lines, student_score, table
+from kd_hf.report.closing import closing_text, finish_report
 from kd_hf.report.facts import outcome, state, tiles
+from kd_hf.report.rows import student_score
+from kd_hf.text.terminal import table
 from tests.report.conftest import run_lines, write_run
 from tests.runs import TEACHER, recipe
 

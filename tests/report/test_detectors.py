@@ -10,8 +10,10 @@ import torch
 import transformers
 from PIL import Image
 
-from kd_hf.report import closing_text, load_lines, write_report
-from kd_hf.report.detectors import side_by_side
+from kd_hf.hub.artefact import load_lines
+from kd_hf.report.build import write_report
+from kd_hf.report.closing import closing_text
+from kd_hf.report.detections import side_by_side
 from kd_hf.report.facts import outcome, tiles
 from tests.detection.runs import MODEL, SIZES, detector_run
 from tests.report.test_page import pictures_of, read_page

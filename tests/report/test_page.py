@@ -11,12 +11,12 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from kd_hf.artefact import save_student
 from kd_hf.errors import UserError
+from kd_hf.hub.artefact import save_student
 from kd_hf.models.load import load_model
-from kd_hf.record import RunRecord
-from kd_hf.report import write_report
+from kd_hf.report.build import write_report
 from kd_hf.report.page import Page, render
+from kd_hf.run.record import RunRecord
 from tests.report.conftest import run_lines, write_run
 from tests.runs import TEACHER, recipe, run
 
@@ -118,8 +118,8 @@ def test_data_that_is_gone_leaves_the_log(copied):
 
 
 def test_handles_and_source_that_are_given_are_used(copied):
-    from kd_hf.config import DataConfig
-    from kd_hf.data.source import open_source
+    from kd_hf.data.opening import open_source
+    from kd_hf.recipe.config import DataConfig
 
     shutil.rmtree(copied / "plain")
     teacher = load_model("test_resnet", num_classes=10, image_size=32)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_hf.config import DataConfig
-from kd_hf.data.source import Source, open_source
+from kd_hf.data.opening import open_source
+from kd_hf.data.source import Source
 from kd_hf.errors import UserError
-from kd_hf.eval import evaluate_models
+from kd_hf.eval.networks import evaluate_models
 from kd_hf.models.load import load_model
 from kd_hf.models.taps import TappedModel
+from kd_hf.recipe.config import DataConfig
 from kd_hf.report.probe import (
     PLAIN,
     STUDENT,

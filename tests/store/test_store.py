@@ -10,16 +10,16 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from kd_hf.cache import write_store
-from kd_hf.config import AugmentConfig, TrainConfig
+from kd_hf.cache.write import write_store
 from kd_hf.data.loader import train_loader
 from kd_hf.data.order import Layout
 from kd_hf.data.views import DeviceStage
 from kd_hf.errors import UserError
+from kd_hf.info import Preprocessing, Shapes
 from kd_hf.methods import get_method
-from kd_hf.methods.base import Outputs, Target
-from kd_hf.models.info import Preprocessing, Shapes
-from kd_hf.store import log_probabilities, open_store, rounding, spread
+from kd_hf.outputs import Outputs, Target
+from kd_hf.recipe.config import AugmentConfig, TrainConfig
+from kd_hf.store.format import log_probabilities, open_store, rounding, spread
 from kd_hf.store.reader import StoredTeacher, asked_for, shown_images
 from tests.data.conftest import encode, make_image
 from tests.data.test_loader import Pictures
@@ -224,7 +224,7 @@ def test_files_are_parquet_that_datasets_reads(store, tmp_path):
 
 
 def test_a_row_takes_410_bytes_at_most(tmp_path):
-    from kd_hf.store.writer import PartFile
+    from kd_hf.cache.files import PartFile
 
     rows, values = 3000, np.random.default_rng(0)
     logits = torch.from_numpy(values.normal(size=(rows, C)).astype(np.float32)) * 2

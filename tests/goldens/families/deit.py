@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_hf.info import ModelInfo
 from kd_hf.methods.cls_kd import ClsKD
 from kd_hf.methods.losses import unit
-from kd_hf.models.info import ModelInfo
 from tests.goldens.case import Case, TensorCase
 from tests.goldens.families.logits import without_alpha
 from tests.goldens.layout import (

@@ -11,14 +11,15 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from kd_hf.info import Preprocessing, Shapes
 from kd_hf.methods import get_method
-from kd_hf.methods.base import Method, Outputs
+from kd_hf.methods.base import Method
 from kd_hf.methods.cross_attention import CrossAttentionProjector, mimicking, without_mean
 from kd_hf.methods.losses import batch_mean
 from kd_hf.methods.scalekd import VIEWS, ScaleKD
 from kd_hf.models.handle import ModelHandle, Origin, describe_timm
-from kd_hf.models.info import Preprocessing, Shapes
 from kd_hf.models.parts import last_stage_entry, live_part
+from kd_hf.outputs import Outputs
 from tests.goldens.case import Case, Run, TensorCase, load
 from tests.goldens.families.logits import without_alpha
 from tests.goldens.layout import LOSS, NO_CHANGE, HParams, Layout, Output, Term, check_fact, rename, size

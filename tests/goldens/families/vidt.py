@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import DeformableDetrConfig
 
-from kd_hf.conversion.vidt import fit_vidt
-from kd_hf.detection.token_matching import BODY, NECK, PATCH, TokenMethod, TokenProjector, ViDTTokens, VkDTokens
-from kd_hf.detection.vidt import ViDTForObjectDetection, ViDTOutput
-from kd_hf.detection.vidt_config import ViDTConfig
-from kd_hf.detection.vidt_image_processor import ViDTImageProcessor
-from kd_hf.detection.vidt_losses import Matcher, detection_loss
-from kd_hf.detection.vidt_neck import SampledAttention
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.convert.vidt import fit_vidt
+from kd_hf.detection.methods.token_matching import BODY, NECK, PATCH, TokenMethod, TokenProjector, ViDTTokens, VkDTokens
+from kd_hf.detection.networks.vidt import ViDTForObjectDetection, ViDTOutput
+from kd_hf.detection.networks.vidt_config import ViDTConfig
+from kd_hf.detection.networks.vidt_image_processor import ViDTImageProcessor
+from kd_hf.detection.networks.vidt_losses import Matcher, detection_loss
+from kd_hf.detection.networks.vidt_neck import SampledAttention
+from kd_hf.info import Shapes
 from kd_hf.methods.orthogonal import OrthogonalProjection, reflect
-from kd_hf.models.info import Shapes
+from kd_hf.outputs import Outputs, Target
 from tests.detection.official import Sizes, state_dict
 from tests.goldens.case import Run, load
 from tests.goldens.layout import LOSS, NO_CHANGE, Output, Term, check_fact

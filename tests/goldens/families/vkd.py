@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_hf.methods.base import Method, Outputs
+from kd_hf.methods.base import Method
 from kd_hf.methods.vkd import VkD
+from kd_hf.outputs import Outputs
 from tests.goldens.case import Run, TensorCase
 from tests.goldens.families.deit import criterion
 from tests.goldens.layout import LOSS, NO_CHANGE, HParams, Layout, Output, Term, constant, size

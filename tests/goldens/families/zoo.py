@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_hf.conversion.repdistiller import NETWORKS, our_name
+from kd_hf.convert.repdistiller import NETWORKS, our_name
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.load import load_model
 from kd_hf.models.taps import TappedModel

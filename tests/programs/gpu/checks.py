@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kd_hf.callbacks import read_log
-from kd_hf.checkpoint import list_checkpoints
 from kd_hf.errors import UserError
 from kd_hf.methods import method_names
-from kd_hf.trainer import DistillTrainer
+from kd_hf.run.checkpoint import list_checkpoints
+from kd_hf.run.log import read_log
+from kd_hf.train.trainer import DistillTrainer
 from tests.programs.gpu.schedule import Bench, Check
+from tests.programs.two_rank_methods import PAIRS as METHOD_PAIRS
+from tests.programs.two_rank_options import PAIRS, TRAINING, write_photos
 from tests.runs import final_tensors, merged, recipe, recipe_file
-from tests.two_rank_methods import PAIRS as METHOD_PAIRS
-from tests.two_rank_options import PAIRS, TRAINING, write_photos
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -332,9 +332,9 @@ def sharded_teacher(bench: Bench) -> None:
     """A teacher sharded over a mesh of one says what the whole one says."""
     from torch.distributed.device_mesh import init_device_mesh
 
+    from kd_hf.distillation.sharding import shard_network
     from kd_hf.models.load import load_model
     from kd_hf.models.taps import TappedModel
-    from kd_hf.sharding import shard_network
 
     with using(bench), alone_in_a_group():
         torch.distributed.init_process_group("nccl" if bench.device == "cuda" else "gloo")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["kd_hf.trainer", "tests.programs.gpu.checks", "tests.programs.gpu.speed"])
+SERVER.set_forkserver_preload(["kd_hf.train.trainer", "tests.programs.gpu.checks", "tests.programs.gpu.speed"])
 START = time.monotonic()
 
 

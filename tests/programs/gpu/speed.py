@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_hf.assemble import assemble
 from kd_hf.bench.clock import Mark, Slot, Stopwatch, ignore, ratio, take_turns, totals
 from kd_hf.bench.photos import Photos
 from kd_hf.bench.work import BarePair, TrainerStep
-from kd_hf.config import Recipe
-from kd_hf.cost import step_cost
-from kd_hf.feed import Lesson
-from kd_hf.optim import build_optimizer
-from kd_hf.recipe import load_recipe
-from kd_hf.smoke import num_classes, smoke_recipe
-from kd_hf.task import task_of
+from kd_hf.distillation.assembly import assemble
+from kd_hf.distillation.cost import step_cost
+from kd_hf.recipe.config import Recipe
+from kd_hf.recipe.read import load_recipe
+from kd_hf.tasks import task_of
+from kd_hf.train.feed import Lesson
+from kd_hf.train.optim import build_optimizer
+from kd_hf.train.smoke import num_classes, smoke_recipe
 from tests.programs.gpu.checks import scratch, using
 from tests.programs.gpu.schedule import Bench, Check
 from tests.runs import ROOT
@@ -286,9 +286,9 @@ class PlainLoop:
 
 def generator(bench: Bench) -> None:
     """ViTKD's generator, which computes what enters the loss, against dense convolutions; bfloat16, batch 256."""
-    from kd_hf.methods.base import Outputs, Target
+    from kd_hf.info import Shapes
     from kd_hf.methods.vitkd import HIGH, ViTKD
-    from kd_hf.models.info import Shapes
+    from kd_hf.outputs import Outputs, Target
     from tests.methods.straightforward import vitkd as dense
 
     device, batch, tokens, narrow, wide = torch.device(bench.device), 2 if bench.tiny else 256, 196, 192, 384
@@ -354,7 +354,7 @@ def loader(bench: Bench, name: str, recipe_name: str) -> None:
         update={"train": recipe.train.model_copy(update={"dataloader_num_workers": cores, "max_steps": 10**6})}
     )
     source = Photos(4096, num_classes(recipe))
-    from kd_hf.trainer import DistillTrainer
+    from kd_hf.train.trainer import DistillTrainer
 
     with using(bench):
         batches = DistillTrainer(recipe, train_dataset=source, eval_dataset=source).feed().batches

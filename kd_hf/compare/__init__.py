@@ -1,0 +1,1 @@
+"""Comparing runs: ``python -m kd_hf.compare RUN [RUN …]``."""

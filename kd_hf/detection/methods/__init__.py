@@ -1,0 +1,1 @@
+"""Losses and distillation methods of detectors."""

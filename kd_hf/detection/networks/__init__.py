@@ -1,0 +1,1 @@
+"""Detectors: ViDT as a model of transformers, loading, and what their outputs are."""

@@ -1,0 +1,1 @@
+"""The pieces of a distillation: methods chosen, networks assembled, teachers, gate, the one trained module."""

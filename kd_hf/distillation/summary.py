@@ -1,0 +1,84 @@
+"""What will be trained, in a few lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kd_hf.distillation.assembly import Assembly
+    from kd_hf.distillation.choices import Choice
+    from kd_hf.info import Preprocessing
+    from kd_hf.recipe.config import BoxAugment, Recipe
+
+
+def random_text(recipe: Recipe) -> list[str]:
+    """What is drawn for every image."""
+    from kd_hf.data.geometry import takes_jitter
+
+    if recipe.data.boxes is not None:
+        return _random_boxes(recipe.data.boxes.augment)
+    augment = recipe.data.augment
+    drawn = {
+        "crop": augment.crop.kind != "resize",
+        "flip": augment.hflip > 0,
+        str(augment.auto_augment): bool(augment.auto_augment),
+        "colour": augment.color_jitter > 0 and takes_jitter(augment.auto_augment),
+        "erasing": augment.erasing > 0,
+        "mixup": augment.mixup > 0,
+        "cutmix": augment.cutmix > 0,
+    }
+    return [name for name, is_drawn in drawn.items() if is_drawn]
+
+
+def _random_boxes(augment: BoxAugment) -> list[str]:
+    """What is drawn for every image with boxes."""
+    drawn = {"flip": augment.hflip > 0, "crop": augment.crop > 0, "size": len(augment.sizes) > 1}
+    return [name for name, is_drawn in drawn.items() if is_drawn]
+
+
+def size_of(recipe: Recipe, view: Preprocessing) -> dict[str, int]:
+    """What is known of the images' pixels: both sides, or of detectors the shortest one in evaluation."""
+    boxes = recipe.data.boxes
+    return {"image_size": view.image_size} if boxes is None else {"shortest_side": boxes.augment.eval_size}
+
+
+def shown_size(facts: Mapping[str, Any]) -> str:
+    """A network's image size in words, from its entry in a plan's `networks`."""
+    return f"{facts['image_size']} px" if "image_size" in facts else f"{facts['shortest_side']} px shortest side"
+
+
+def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
+    """The first lines of a run: what will be trained, on what, for how long.
+
+    Args:
+        parts: what was built.
+        data: a line about the images of each split, `train` and `eval`.
+        steps: a line about the length.
+    """
+    recipe, train, views = parts.recipe, parts.recipe.train, parts.views()
+    networks = {"student": parts.student.info, **{name: handle.info for name, handle in parts.teachers.items()}}
+    losses = (f"{choice.name} × {_weight_text(choice)}" for choice in parts.choices)
+    saved = {"epoch": "every epoch", "steps": f"every {train.save_steps} steps", "no": "not saved"}[train.save_strategy]
+    lines = [
+        *(
+            f"{name:8} {info.name} ({info.parameters / 1e6:.2f} M parameters"
+            + (f", {shown_size(size_of(recipe, views[name]))})" if name in views else ")")
+            for name, info in networks.items()
+        ),
+        *(f"{name:8} {teacher.describe()}" for name, teacher in parts.stored.items()),
+        f"losses   {', '.join(losses)}",
+        f"data     {data['train']}",
+        f"random   {', '.join(random_text(recipe)) or 'nothing'}",
+        f"held out {data['eval']}",
+        f"steps    {steps}",
+        f"optim    {train.optim}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}",
+        f"folder   {train.output_dir}, checkpoints {saved}",
+    ]
+    if recipe.hub.push_to_hub:
+        lines.append(f"hub      {recipe.hub.hub_model_id or 'your account'}, strategy {recipe.hub.hub_strategy}")
+    return lines
+
+
+def _weight_text(choice: Choice) -> str:
+    return f"{choice.weight:g}" if isinstance(choice.weight, float) else "a schedule"

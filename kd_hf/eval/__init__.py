@@ -1,0 +1,1 @@
+"""Measuring models on their own: ``python -m kd_hf.eval MODEL``."""

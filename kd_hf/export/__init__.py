@@ -1,0 +1,1 @@
+"""Students as one file that runs without this package: ``python -m kd_hf.export MODEL``."""

@@ -1,0 +1,1 @@
+"""The artefact, its card, and the Hub they are pushed to."""

@@ -1,0 +1,1 @@
+"""Explaining a recipe without training it: ``python -m kd_hf.plan RECIPE``."""

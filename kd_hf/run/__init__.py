@@ -1,0 +1,1 @@
+"""The run folder: checkpoints, log, length, and reading it afterwards."""

@@ -1,0 +1,1 @@
+"""Text for people: Markdown, and what a terminal shows."""

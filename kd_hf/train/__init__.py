@@ -1,0 +1,1 @@
+"""Training: ``python -m kd_hf.train RECIPE``."""
