@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from kd_hf.errors import UserError
+
+
+def checkpointing_switch(network: nn.Module) -> Callable[[dict[str, Any]], None] | None:
+    """What turns recomputation on in a network of transformers; transformers 5.23 gave it the first of these names."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    return next((getattr(network, name) for name in names if callable(getattr(network, name, None))), None)
 
 
 def timm_image_size(network: nn.Module) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kd_hf.compat import checkpointing_switch
 from kd_hf.errors import UserError
 
 
@@ -15,10 +16,10 @@ def enable_checkpointing(network: nn.Module) -> None:
     Raises:
         UserError: the network does not offer it.
     """
-    transformers_way = getattr(network, "activation_checkpointing_enable", None)
+    transformers_way = checkpointing_switch(network)
     timm_way = getattr(network, "set_grad_checkpointing", None)
     try:
-        if callable(transformers_way):
+        if transformers_way is not None:
             transformers_way({"use_reentrant": False})
             return
         if callable(timm_way):

@@ -9,6 +9,7 @@ from kd_hf.errors import UserError
 from kd_hf.info import Preprocessing
 from kd_hf.models.handle import describe_torch
 from kd_hf.models.parts import live_part
+from kd_hf.models.recompute import enable_checkpointing
 from kd_hf.models.taps import TappedModel, available_taps, check_tap, tap_shapes
 from tests.models.families import (
     TIMM_PLAIN,
@@ -298,10 +299,7 @@ def test_gradient_checkpointing_changes_no_value_and_no_gradient(source):
         return outputs, [parameter.grad for parameter in model.parameters()]
 
     plain, expected = step()
-    if source == "vit":
-        handle.network.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        handle.network.set_grad_checkpointing(True)
+    enable_checkpointing(handle.network)
     recomputed, gradients = step()
     assert all(same(value, recomputed.taps[tap]) for tap, value in plain.taps.items())
     assert all(same(left, right) for left, right in zip(expected, gradients, strict=True))

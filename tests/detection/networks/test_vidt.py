@@ -19,6 +19,7 @@ from kd_hf.detection.networks.vidt import ViDTForObjectDetection
 from kd_hf.detection.networks.vidt_body import RamBlock, from_windows, region_mask, relative_index, to_windows
 from kd_hf.detection.networks.vidt_config import BODIES, ViDTConfig, body_sizes
 from kd_hf.detection.networks.vidt_image_processor import ViDTImageProcessor
+from kd_hf.models.recompute import enable_checkpointing
 from tests.detection.tiny import PLUS, batch, objects, tiny_config, tiny_network
 
 
@@ -195,7 +196,7 @@ def test_refined_references_carry_no_gradient():
 def test_checkpointing_changes_nothing():
     network = tiny_network().train()
     plain, wanted = gradients(network)
-    network.activation_checkpointing_enable()
+    enable_checkpointing(network)
     again, found = gradients(network)
     torch.testing.assert_close(again.loss, plain.loss)
     torch.testing.assert_close(found, wanted)
