@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -315,6 +316,7 @@ def test_pushes_during_a_push_are_left_out_and_the_end_waits(hub, run, publisher
         publisher.in_background(run / "student", f"step {step}")
     assert len(said) == 1
     one_line(said[0], "hub: the last push is still running")
+    shutil.rmtree(run / "student")  # as a trainer does: what is being pushed must not be written to in place
     write_student(run / "student", 1)
     publisher.finish(run / "student")
     assert titles(hub)[1:] == ["step 2", "End of training"] and remote(hub) == pushed(run)
