@@ -4,4 +4,12 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where all versions are fixed, a warning is an error; with those of another day, a library may have a new one."""
+    if os.environ.get("STRICT_WARNINGS"):
+        config.getini("filterwarnings")[:0] = ["error:::kd_hf", "error:::tests"]

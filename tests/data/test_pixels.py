@@ -280,8 +280,6 @@ def broken_exif():
 
 
 def test_broken_exif_is_passed_over_in_silence_and_nothing_else():
-    with pytest.warns(UserWarning, match="Truncated File Read|EXIF"):
-        decode(broken_exif())
     with pytest.warns(UserWarning) as caught, exif_warnings_silenced():
         decode(broken_exif())
         warnings.warn("something else", UserWarning, stacklevel=1)
