@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "kd_hf.methods"
 # methods for detectors, by the file of kd_hf/detection/methods that holds them
 FOR_BOXES = {
-    "detection": "criterion",
+    "detection": "detection",
     "vidt_tokens": "token_matching",
     "vkd_tokens": "token_matching",
     "detr_tokens": "detr_tokens",

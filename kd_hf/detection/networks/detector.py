@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_hf.detection.data.stage import BoxTarget, Images
-from kd_hf.detection.methods.criterion import Judge
+from kd_hf.detection.networks.criterion import Judge
 from kd_hf.detection.networks.families import FAMILIES, Family, Pass
 from kd_hf.detection.networks.info import (
     BODY,

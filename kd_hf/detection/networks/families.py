@@ -133,7 +133,7 @@ class Family:
     """One architecture."""
 
     criterion: str
-    """A key of :data:`kd_hf.detection.methods.criterion.CRITERIA`."""
+    """A key of :data:`kd_hf.detection.networks.criterion.CRITERIA`."""
     reader: Reader
     predictions: Callable[[Any], Predictions] = of_detr
     """From what the network hands its loss; with `listens` false from its output."""

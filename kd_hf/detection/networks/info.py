@@ -45,7 +45,7 @@ class BoxOutputs(Outputs):
     auxiliary: tuple[tuple[Tensor, Tensor], ...] = ()
     """Logits and boxes of the stages before the last, where the configuration lets them predict."""
     criterion: Callable[[BoxTarget], dict[str, Tensor]] | None = field(default=None, repr=False)
-    """The architecture's own loss of this pass: see :class:`kd_hf.detection.methods.criterion.Judge`."""
+    """The architecture's own loss of this pass: see :class:`kd_hf.detection.networks.criterion.Judge`."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """See :class:`Outputs`; what the architecture's own loss holds stays as it is."""

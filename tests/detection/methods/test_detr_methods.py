@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_hf.detection.methods.criterion import DetectionLoss
+from kd_hf.detection.methods.detection import DetectionLoss
 from kd_hf.detection.methods.detr_kd import DetrKd
 from kd_hf.detection.methods.detr_tokens import DetrTokens
 from kd_hf.detection.methods.matching import MatchConfig, pair_queries, paired_giou

@@ -9,7 +9,8 @@ import torch
 from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from kd_hf.detection.data.stage import BoxTarget, Images
-from kd_hf.detection.methods.criterion import DetectionLoss, Judge, object_count
+from kd_hf.detection.methods.detection import DetectionLoss
+from kd_hf.detection.networks.criterion import Judge, object_count
 from kd_hf.detection.networks.info import BoxOutputs
 from kd_hf.errors import UserError
 from kd_hf.info import ModelInfo, Preprocessing

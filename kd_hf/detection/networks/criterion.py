@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from kd_hf.detection.data.stage import BoxTarget
-from kd_hf.detection.networks.info import BoxOutputs, DetectorInfo
 from kd_hf.detection.networks.predictions import Prediction, Predictions
-from kd_hf.errors import UserError
-from kd_hf.info import ModelInfo
-from kd_hf.methods.base import Method, Needs, Reference
 from kd_hf.methods.losses import exact, full_precision
-from kd_hf.outputs import Outputs, Target
 
 Labels = Sequence[Mapping[str, Tensor]]
 Pairs = list[tuple[Tensor, Tensor]]
@@ -200,33 +195,3 @@ def _full(prediction: Prediction) -> Prediction:
 
 def _total(parts: Mapping[str, Tensor], like: Tensor) -> Tensor:
     return torch.stack(list(parts.values())).sum() if parts else like.new_zeros(())
-
-
-class DetectionLoss(Method):
-    """The architecture's own loss on labelled objects: classes, boxes, every stage; see :class:`Judge`.
-
-    Options are those of the network's configuration (`class_cost`, `bbox_loss_coefficient`, `auxiliary_loss`, …), which
-    a recipe sets in ``student.kwargs``.
-    """
-
-    name = "detection"
-    paper = Reference("End-to-End Object Detection with Transformers", "https://arxiv.org/abs/2005.12872")
-
-    @classmethod
-    def needs(cls, cfg: Any, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
-        """Labelled objects; nothing of the teacher."""
-        if not isinstance(student, DetectorInfo):
-            raise UserError(f"methods.{cls.name}: '{student.name}' is no detector")
-        if student.masks:
-            raise UserError(
-                f"methods.{cls.name}: '{student.name}' learns from masks, and there are boxes only; set "
-                "student.kwargs: {token_label: false, mask_vector: 0}"
-            )
-        return Needs(labels="hard", batch_coupled=True)
-
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Target | BoxTarget, draws: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return what :meth:`Judge.__call__` says."""
-        assert isinstance(student, BoxOutputs) and isinstance(target, BoxTarget) and student.criterion is not None
-        return student.criterion(target)
