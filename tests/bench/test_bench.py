@@ -24,6 +24,7 @@ from kd_hf.recipe.variants import with_untrained_teachers
 from kd_hf.train.trainer import DistillTrainer
 from tests.forked import launch
 from tests.programs.benchmark_table import CASES, page, renewed
+from tests.programs.gpu.page import section
 from tests.runs import ROOT, TEACHER, recipe, recipe_file
 
 DISTILLED = {
@@ -229,3 +230,19 @@ def test_what_the_page_measures_can_be_planned(name):
     parts = assemble(with_untrained_teachers(run), num_classes=1000, device="meta")
     measured = {choice.name for choice in parts.choices}
     assert any(name.startswith(method) for method in measured), measured
+
+
+def test_the_page_says_which_checks_of_a_gpu_failed():
+    rows = [
+        {"check": "setting", "status": "ok", "device": "a GPU", "date": "today", "versions": "torch 2"},
+        {"check": "bits/kill", "status": "ok"},
+        {"check": "bits/resume", "status": "FAILED 3 | tensors"},
+        {
+            **{"check": "speed/eager/nkd", "status": "OVER 1.1 > 1.02", "batch": 8, "images_per_second": 80.0},
+            **{"step_ms": 100.0, "plain_over_step": 2.0, "gigabytes": 1.0, "plain_gigabytes": 2.0},
+            **{"step_over_bare": [1.1, 1.0, 1.2], "bound": 1.02},
+        },
+    ]
+    lines = section(rows).splitlines()
+    assert "| nkd, eager | 8 | 80 | 100.0 | 1.100 [1.000–1.200] | ≤ 1.020 **over** | 2.00 | 1.0 | 2.0 |  |" in lines
+    assert lines[lines.index(next(line for line in lines if line.endswith("1 of 2"))) + 1].startswith("  - bits/resume")

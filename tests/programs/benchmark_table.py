@@ -2,7 +2,7 @@
 
 ``python -m tests.programs.benchmark_table [--rounds N] [--images FOLDER] [--only NAME …]``.
 
-Writes ``recipes/benchmarks.md``: the section about this kind of machine, CPU or GPU; the other one stays. With
+Writes the section about a CPU in ``recipes/benchmarks.md``; that about a GPU, by `tests.programs.gpu`, stays. With
 `--only` the rows of the named cases are renewed, which should be done on the machine and with the versions that the
 section names; of its other tables nothing is. Every process has one thread. Neither weights nor a network connection
 are needed; what loaders cost and stores save is measured on `--images` only, a folder of Parquet or JPEG files.
@@ -36,7 +36,7 @@ INTRODUCTION = """\
 # Benchmarks
 
 Ratios between things that took turns on one machine. `python -m tests.programs.benchmark_table` writes the section
-about the kind of machine it runs on; `python -m kd_hf.bench RECIPE` measures any recipe in the same way.
+about a CPU, `python -m tests.programs.gpu` that about a GPU; `python -m kd_hf.bench RECIPE` measures any recipe.
 
 The *tax* is a training step without its optimiser over the bare pair: the teacher's network alone in inference mode,
 then forward, cross-entropy and backward of the student's network alone, on the same tensors at random weights. It is
@@ -95,15 +95,14 @@ CASES = {
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
-def bench(case: Case, rounds: int, on_gpu: bool) -> dict[str, Any]:
-    """The numbers of a case, measured in a process of its own; on a GPU at the recipe's own batch."""
+def bench(case: Case, rounds: int) -> dict[str, Any]:
+    """The numbers of a case, measured on the CPU in a process of its own."""
     teacher = () if case.recipe.startswith("uskd") else ("teacher.mode=eval",)
-    options = ["--rounds", str(rounds), "--memory"]
-    options += [] if on_gpu else ["--batch", str(case.batch)]
+    options = ["--rounds", str(rounds), "--memory", "--batch", str(case.batch)]
     options += ["--bf16-teacher"] if case.bf16 else []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
-        overrides = [*case.overrides, *teacher, "train.cpu_threads=1"]
+        overrides = [*case.overrides, *teacher, "train.cpu_threads=1", "train.use_cpu=true"]
         bench_command = command("kd_hf.bench", f"recipes/{case.recipe}.yaml", *overrides, *options, "--json", str(file))
         done = subprocess.run(bench_command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -256,12 +255,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=[*CASES, *others], metavar="NAME", default=[*CASES, *others])
     args = parser.parse_args(argv)
 
-    import torch
-
-    on_gpu, measured, lines = torch.cuda.is_available(), {}, []
+    measured: dict[str, Any] = {}
+    lines: list[str] = []
     for name in CASES:
         if name in args.only:
-            measured[name] = bench(CASES[name], args.rounds, on_gpu)
+            measured[name] = bench(CASES[name], args.rounds)
             print(" | ".join(step_row(name, measured[name])), flush=True)
     lines += [*step_lines(measured)] if measured else []
     print("\n".join(lines), flush=True)
@@ -277,11 +275,11 @@ def main(argv: Sequence[str]) -> int:
             found = [*parts[name]]
             print("\n".join(found), flush=True)
             lines += ["", *found] if found else []
-    kind, before = "gpu" if on_gpu else "cpu", FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
+    before = FILE.read_text(encoding="utf-8") if FILE.is_file() else ""
     if set(args.only) == {*CASES, *others}:
-        write_text(FILE, page("\n".join([*heading(measured["nkd_vit"], bool(args.images)), *lines]), kind, before))
+        write_text(FILE, page("\n".join([*heading(measured["nkd_vit"], bool(args.images)), *lines]), "cpu", before))
     elif measured:
-        write_text(FILE, renewed(step_lines(measured), kind, before))
+        write_text(FILE, renewed(step_lines(measured), "cpu", before))
     return 0
 
 
