@@ -17,6 +17,7 @@ from kd_hf.models.taps import TappedModel
 from tests.goldens.case import KeyedCase
 from tests.goldens.record import Golden, Mismatch
 
+SIZE, CLASSES = 32, 100
 # modules of ours whose output mdistiller counts as stage 0, by the start of its network's name
 _STEMS = {"resnet": "relu", "wrn": "conv1", "vgg": "block0", "Mobile": "conv1", "ShuffleV1": "relu"}
 _STEMS |= {"ShuffleV2": "relu1", "ResNet": "act1"}
@@ -49,7 +50,7 @@ def weight_of(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def images(count: int) -> Tensor:
     """Pixels ``[count, 3, 32, 32]``."""
-    return 4 * generated("images", (count, 3, 32, 32)) - 2
+    return 4 * generated("images", (count, 3, SIZE, SIZE)) - 2
 
 
 def official_names(handle: ModelHandle) -> dict[str, str]:
