@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tests.goldens.numbers import uniform
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,7 @@ def source_name(name: str, refine: bool) -> str:
 
 def value(name: str, shape: tuple[int, ...]) -> Tensor:
     """Numbers from a name: CRC-32 of it and SplitMix64 of the flat index, scaled as suits the kind of weight."""
-    count = int(np.prod(shape))
-    with np.errstate(over="ignore"):
-        x = np.uint64(zlib.crc32(name.encode()) << 32) + np.arange(count, dtype=np.uint64)
-        z = x + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    v = torch.from_numpy(2 * ((z >> np.uint64(11)).astype(np.float64) * 2.0**-53) - 1).view(shape)
+    v = uniform(name, shape)
     last = name.rpartition(".")[2]
     if last in {"det_token", "det_pos_embed", "relative_position_bias_table", "level_embed"}:
         return v

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
-from kd_hf.errors import UserError
 from tests.goldens.case import Case, KeyedCase, Run, TensorCase
 from tests.goldens.families import layouts, openers
 from tests.goldens.layout import NO_CHANGE, Output
 from tests.goldens.networks import NetworkCase
 from tests.goldens.options import PLAIN, Option
 from tests.goldens.record import Golden, Mismatch, NotCovered
+from tests.goldens.replay import replay
+from tests.goldens.trajectory import Trajectory, is_trajectory
 
 LIMIT = 1e-9
 # Values this small are differences of numbers near 1, so their own size says nothing about rounding.
 FLOOR = 1e-6
 # A gradient that cancels (of a bias before BatchNorm) is recorded as the rounding of its summands.
 NOISE = 1e-13
+TRAJECTORIES = "trajectories"  # the folder of recorded trainings
 # What rounding to float32 changes, relative to a number.
 SINGLE = 2.0**-24
 
@@ -35,6 +35,7 @@ class Row:
     case: str
     error: float | None
     status: str
+    exceptions: tuple[str, ...] = ()  # what the file itself says is not as in the recipe
 
 
 def passed(row: Row) -> bool:
@@ -134,15 +135,24 @@ def open_case(golden: Golden) -> Case | KeyedCase:
     return TensorCase(golden, tables.get(kind, tables[method]))
 
 
+def runs_with(file: Path, option: Option) -> bool:
+    """Whether an option is for a file: trainings are replayed as they were recorded."""
+    return option == PLAIN or file.parent.name != TRAJECTORIES
+
+
 def check_file(file: Path, option: Option = PLAIN) -> Row:
     """Check one file; never raises for what is wrong with the file."""
-    method, case = file.parent.name, file.stem
+    method, case, exceptions = file.parent.name, file.stem, ()
     try:
-        errors = compare(open_case(Golden.read(file, option)))
+        if method == TRAJECTORIES or is_trajectory(file):
+            differences = replay(Trajectory.read(file))
+            errors, exceptions = differences.errors, tuple(differences.exceptions)
+        else:
+            errors = compare(open_case(Golden.read(file, option)))
     except NotCovered as reason:
         return Row(method, case, None, str(reason))
-    except (Mismatch, UserError, ValidationError, SafetensorError, KeyError, ValueError, RuntimeError) as reason:
+    except Exception as reason:  # whatever a file holds, the others are checked too
         return Row(method, case, None, f"FAILED {type(reason).__name__}: {' '.join(str(reason).split())}")
     worst = max(errors, key=lambda key: errors[key])
     status = "ok" if errors[worst] <= LIMIT else f"FAILED {worst}"
-    return Row(method, case, errors[worst], status)
+    return Row(method, case, errors[worst], status, exceptions)
