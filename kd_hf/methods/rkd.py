@@ -105,7 +105,8 @@ def over_mean(lengths: Tensor, squared: bool = False) -> Tensor:
     values = lengths.clamp(min=NEAREST)
     values = values.square() if squared else values
     values = values.masked_fill(torch.eye(count, dtype=torch.bool, device=lengths.device), 0.0)
-    return values / (values.sum() / max(count * (count - 1), 1))
+    # of one image the mean is of nothing
+    return values / (values.sum() / max(count * (count - 1), 1)).clamp(min=NEAREST**2)
 
 
 class _AngleDifference(torch.autograd.Function):

@@ -214,3 +214,91 @@ class CrossAttentionProjector(nn.Module):
         attended = (self.scale * query @ key.transpose(2, 3)).softmax(-1) @ value
         normed = self.norm(self.out(attended.transpose(1, 2).flatten(2)))
         return normed + self.contract(F.relu(self.expand(normed)))
+
+
+def dist(student, teacher, temperature=1.0, beta=1.0, gamma=1.0):
+    """Correlations within samples and within classes, as a sum."""
+
+    def unlike(ours, theirs):
+        ours, theirs = ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True)
+        return 1 - ((ours * theirs).sum(1) / (ours.norm(dim=1) * theirs.norm(dim=1) + 1e-8)).mean()
+
+    p, q = (F.softmax(logits / temperature, dim=1) for logits in (student, teacher))
+    return temperature**2 * (beta * unlike(p, q) + gamma * unlike(p.T, q.T))
+
+
+def sp(student, teacher):
+    """Normalised similarities of the images of a batch."""
+    ours, theirs = (F.normalize(rows.flatten(1) @ rows.flatten(1).T, dim=1) for rows in (student, teacher))
+    return (theirs - ours).square().sum() / len(student) ** 2
+
+
+def pkt(student, teacher):
+    """Divergence of the probabilities with which images pick their neighbours, a mean over all pairs."""
+
+    def picked(rows):
+        rows = rows / (rows.square().sum(1, keepdim=True).sqrt() + 1e-7)
+        near = (rows @ rows.T + 1) / 2
+        return near / near.sum(1, keepdim=True)
+
+    p, q = picked(student), picked(teacher)
+    return (q * torch.log((q + 1e-7) / (p + 1e-7))).mean()
+
+
+def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0, squared=False):
+    """Distances over their mean, and cosines of all angles from the differences ``[B, B, D]`` themselves, as a sum."""
+
+    def relative(rows):
+        squares = rows.square().sum(1)
+        found = (squares[:, None] + squares[None] - 2 * rows @ rows.T).clamp(min=1e-12)
+        found = (found if squared else found.sqrt()) * (1 - torch.eye(len(rows), dtype=rows.dtype))
+        return found / found[found > 0].mean()
+
+    def cosines(rows):
+        directions = F.normalize(rows[None] - rows[:, None], dim=2)
+        return directions @ directions.transpose(1, 2)
+
+    distance, angle = (F.smooth_l1_loss(form(student), form(teacher)) for form in (relative, cosines))
+    return distance_weight * distance + angle_weight * angle
+
+
+def attention(feature, p=2):
+    return F.normalize(feature.abs().pow(p).mean(1).flatten(1), dim=1)
+
+
+def at(students, teachers):
+    """Squared differences of attention maps, summed over stages; the higher map is pooled to the other's height."""
+    total = 0.0
+    for student, teacher in zip(students, teachers, strict=True):
+        side = min(student.shape[2], teacher.shape[2])
+        ours, theirs = (F.adaptive_avg_pool2d(map_, side) for map_ in (student, teacher))
+        total = total + (attention(ours) - attention(theirs)).square().mean()
+    return total
+
+
+def vid(students, teachers, stages):
+    """Negative log-likelihoods of the teacher's maps, summed over stages, from regressors and λ per channel."""
+    total = 0.0
+    for student, teacher, stage in zip(students, teachers, stages, strict=True):
+        side = min(student.shape[2], teacher.shape[2])
+        ours, theirs = (F.adaptive_avg_pool2d(map_, side) for map_ in (student, teacher))
+        variance = torch.log(1 + stage.log_scale.exp()) + 1e-5
+        variance = variance.view(1, -1, 1, 1).expand_as(theirs)
+        total = total + (0.5 * ((stage.regressor(ours) - theirs) ** 2 / variance + variance.log())).mean()
+    return total
+
+
+def contrast(vectors, bank, chosen, temperature=0.07):
+    """CRD's loss of embeddings ``[B, D]`` against the rows `chosen` ``[B, K + 1]`` of a bank, Z from these scores."""
+    scores = torch.bmm(bank[chosen], vectors[:, :, None])[:, :, 0].div(temperature).exp()
+    odds = scores / (scores.detach().mean() * len(bank))
+    share = (chosen.shape[1] - 1) / len(bank)
+    positive = torch.log(odds[:, 0] / (odds[:, 0] + share + 1e-7))
+    negative = torch.log(share / (odds[:, 1:] + share + 1e-7))
+    return -(positive.sum() + negative.sum()) / len(vectors)
+
+
+def crd(student, teacher, embeddings, banks, chosen):
+    """Both losses of CRD's first step, as a sum: of each side's embedding against the other side's bank."""
+    ours, theirs = (F.normalize(layer(x), dim=1) for layer, x in zip(embeddings, (student, teacher), strict=True))
+    return contrast(ours, banks[1], chosen) + contrast(theirs, banks[0], chosen)
