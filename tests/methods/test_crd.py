@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 import kd_hf.methods.crd as crd
-from kd_hf.checkpoint import list_checkpoints
-from kd_hf.data.draws import Draws, hash_key
-from kd_hf.data.source import DigitsSource
+from kd_hf.data.digits import DigitsSource
+from kd_hf.draws import Draws, hash_key
 from kd_hf.errors import UserError
-from kd_hf.methods.base import Outputs, Target
+from kd_hf.info import Shapes
 from kd_hf.methods.crd import CRD
-from kd_hf.models.info import Shapes
-from kd_hf.plan import describe, plan_recipe
-from kd_hf.train import train_recipe
+from kd_hf.outputs import Outputs, Target
+from kd_hf.plan.describe import describe, plan_recipe
+from kd_hf.run.checkpoint import list_checkpoints
+from kd_hf.train.chain import train_recipe
 from tests.methods import straightforward as plain
 from tests.runs import TEACHER, assert_same_tensors, final_tensors, recipe
 

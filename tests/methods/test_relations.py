@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import kd_hf.methods.rkd as rkd
-from kd_hf.methods.base import Outputs, Target
 from kd_hf.methods.dist import DIST
 from kd_hf.methods.pkt import PKT
 from kd_hf.methods.ranks import gathered
 from kd_hf.methods.rkd import RKD
 from kd_hf.methods.sp import SP
+from kd_hf.outputs import Outputs, Target
 from tests.methods import straightforward as plain
 from tests.methods.build import build, logits
 
@@ -143,7 +143,7 @@ def test_angles_are_as_exact_in_single_precision_as_their_explicit_form():
 
 
 def _shapes(*widths):
-    from kd_hf.models.info import Shapes
+    from kd_hf.info import Shapes
 
     return [Shapes(7, {"feature": (width,)}) for width in widths]
 

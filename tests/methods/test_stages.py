@@ -11,9 +11,9 @@ from torch import nn
 
 from kd_hf.errors import UserError
 from kd_hf.methods.at import AT
-from kd_hf.methods.base import Outputs, Target
 from kd_hf.methods.fitnet import FitNet
 from kd_hf.methods.vid import VID, log_scale_of
+from kd_hf.outputs import Outputs, Target
 from kd_hf.testing import check_method, tiny_stages, tiny_vit
 from tests.methods import straightforward as plain
 from tests.methods.build import build
