@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kd_hf.methods import method_names
 from tests.goldens.case import Case, KeyedCase, Run, TensorCase
 from tests.goldens.families import layouts, openers
 from tests.goldens.layout import NO_CHANGE, Output
@@ -128,7 +129,7 @@ def open_case(golden: Golden) -> Case | KeyedCase:
     if opener is not None:
         return opener(golden)
     if method not in tables:
-        raise NotCovered("method not there")
+        raise NotCovered("no table for this method" if method in method_names() else "method not there")
     if golden.group("student/"):
         return NetworkCase(golden)
     kind = f"{method}/{golden.hparams['kind']}" if "kind" in golden.hparams else method

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kd_hf.distill import Choice, DistillModule, build_methods, taps_of
+from kd_hf.distillation.choices import Choice, taps_of
+from kd_hf.distillation.module import DistillModule, build_methods
+from kd_hf.info import ModelInfo, Shapes
 from kd_hf.methods import get_method
-from kd_hf.methods.base import Outputs, Target
 from kd_hf.methods.vid import log_scale_of
 from kd_hf.models.handle import ModelHandle
-from kd_hf.models.info import ModelInfo, Shapes
 from kd_hf.models.parts import live_part
 from kd_hf.models.taps import TappedModel, tap_shapes
+from kd_hf.outputs import Outputs, Target
 from tests.goldens.case import KeyedCase
 from tests.goldens.families.zoo import CLASSES, SIZE, generated, images, network, weight_of
 from tests.goldens.record import Mismatch
