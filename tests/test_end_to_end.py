@@ -101,7 +101,7 @@ LAUNCHER = """
 import contextlib, io, json, multiprocessing, os, runpy, sys, time
 import datasets, kd_hf.report.build, kd_hf.train.trainer
 from huggingface_hub import constants
-from kd_hf import plan
+from kd_hf.plan.__main__ import main as plan
 
 def run(argv, folder, variables, *streams):
     for number, path in enumerate(streams, 1):
@@ -114,7 +114,7 @@ def run(argv, folder, variables, *streams):
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 with contextlib.redirect_stdout(io.StringIO()):
-    plan.main(sys.argv[1:])
+    plan(sys.argv[1:])
 for line in sys.stdin:
     process = multiprocessing.get_context("fork").Process(target=run, args=json.loads(line))
     process.start()

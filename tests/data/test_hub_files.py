@@ -15,8 +15,8 @@ from tests.hub.server import serve
 OPEN = """
 import json, sys, time
 from kd_hf.recipe.config import DataConfig
-from kd_hf.data.source import open_source
-from kd_hf.detection.data.source import open_boxes
+from kd_hf.data.opening import open_source
+from kd_hf.detection.data.opening import open_boxes
 from kd_hf.errors import UserError
 time.sleep = lambda seconds: None  # the client's pauses before it tries again are not the subject
 for block, split in json.load(sys.stdin):

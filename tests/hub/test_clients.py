@@ -73,7 +73,7 @@ save_file(logits, sys.argv[2])
 DATA = """
 import sys
 from kd_hf.recipe.config import DataConfig
-from kd_hf.data.source import open_source
+from kd_hf.data.opening import open_source
 for name in sys.argv[1:]:
     streamed = open_source(DataConfig(path=name, streaming=True), "train")
     streamed.read(100)
@@ -89,7 +89,8 @@ for name in sys.argv[1:]:
 COMMANDS = """
 import contextlib, io, json, logging, os, sys, time, traceback
 import huggingface_hub
-from kd_hf import errors, train
+from kd_hf import errors
+from kd_hf.train.__main__ import main
 time.sleep = lambda seconds: None  # the client's pauses before it tries again are not the subject
 for argv, token in json.load(sys.stdin):
     out, err, code = io.StringIO(), io.StringIO(), None
@@ -99,7 +100,7 @@ for argv, token in json.load(sys.stdin):
         handler.setStream(err)  # it would keep to the stream of its beginning
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            errors.run_command(train.main)
+            errors.run_command(main)
         except SystemExit as end:
             code = end.code
         except BaseException:
