@@ -34,6 +34,14 @@ def timm_image_size(network: nn.Module) -> int:
     return get_model_input_config(network)["input_size"][-1]
 
 
+def timm_prefix_count(network: nn.Module) -> int:
+    """Tokens before those of the patches; timm 1.0.31 has all networks say so, CaiT and XCiT among them."""
+    count: Any = getattr(network, "num_prefix_tokens", None)
+    if isinstance(count, int):
+        return count
+    return int(getattr(network, "cls_token", None) is not None)
+
+
 def save_timm_config(
     network: nn.Module, path: Path, labels: dict[str, Any], data: dict[str, Any], arguments: Mapping[str, Any]
 ) -> None:

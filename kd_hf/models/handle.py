@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from kd_hf.compat import timm_prefix_count
 from kd_hf.info import ModelInfo, PreActivation, Preprocessing, Stage
 
 # timm classes whose feature_info names modules that do not return the feature it means, as one tensor in one layout
@@ -256,7 +257,7 @@ def _timm_prefix(network: nn.Module) -> tuple[str, ...]:
     own = _attribute(network, "prefix_tokens", tuple, ())
     if own:
         return own
-    count = _attribute(network, "num_prefix_tokens", int, 0)
+    count = timm_prefix_count(network)
     named = [token for token in ("cls", "dist") if getattr(network, f"{token}_token", None) is not None][:count]
     return (*named, *(f"reg{index}" for index in range(count - len(named))))
 
