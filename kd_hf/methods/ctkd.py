@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_hf.info import ModelInfo, Shapes
 from kd_hf.methods.base import Method, MethodConfig, Moment, Needs, Reference, require_teacher
 from kd_hf.methods.dkd import decoupled
-from kd_hf.methods.losses import divergence, frozen, full_precision, labelled
+from kd_hf.methods.losses import divergence, frozen, full_precision, labelled, standardised
 from kd_hf.outputs import Outputs, Target
 
 
@@ -52,6 +52,8 @@ class CTKD(Method):
         """Factor of the target-class part (`dkd`)."""
         beta: float = Field(2.0, ge=0)
         """Factor of the non-target part (`dkd`)."""
+        logit_std: bool = False
+        """Standardise the logits of both networks over the classes first."""
 
     cfg: Config
 
@@ -83,6 +85,8 @@ class CTKD(Method):
         assert teacher is not None
         temperature = self.temperature(draws["reversal"])
         logits, reference = full_precision(student.logits), frozen(teacher.logits)
+        if self.cfg.logit_std:
+            logits, reference = standardised(logits), standardised(reference)
         if self.cfg.kind == "dkd":
             label, known = labelled(target.hard)
             tckd, nckd = decoupled(logits, reference, label, temperature, known)

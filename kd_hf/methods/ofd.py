@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kd_hf.errors import UserError
 from kd_hf.info import ModelInfo, Shapes
-from kd_hf.methods.base import Cost, Method, MethodConfig, Needs, Reference, require_teacher
+from kd_hf.methods.base import Cost, Method, Needs, Reference, require_teacher
 from kd_hf.methods.losses import batch_mean, frozen, full_precision
 from kd_hf.methods.projectors import Connector, kernel_macs
+from kd_hf.methods.stages import StagePairs
 from kd_hf.models.parts import NORM
 from kd_hf.outputs import Outputs, Target
 
@@ -43,23 +43,9 @@ class OFD(Method):
         "https://github.com/clovaai/overhaul-distillation",
     )
 
-    class Config(MethodConfig):
-        """Options of OFD."""
-
-        student_taps: tuple[str, ...] | None = Field(None, min_length=1)
-        """The student's maps, the last one with factor 1; by default ``preact:i`` of as many last stages as both
+    class Config(StagePairs):
+        """Options of OFD: the maps, the last pair with factor 1; by default ``preact:i`` of as many last stages as both
         networks have."""
-        teacher_taps: tuple[str, ...] | None = Field(None, min_length=1)
-        """The teacher's maps, as many."""
-
-        @model_validator(mode="after")
-        def _as_many(self) -> OFD.Config:
-            pair = self.student_taps, self.teacher_taps
-            if pair[0] is not None and pair[1] is not None and len(pair[0]) != len(pair[1]):
-                raise ValueError(
-                    f"{len(pair[0])} `student_taps` and {len(pair[1])} `teacher_taps`; give as many of each"
-                )
-            return self
 
     cfg: Config
 

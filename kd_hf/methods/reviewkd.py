@@ -47,6 +47,8 @@ class ReviewKD(Method):
         "https://github.com/dvlab-research/ReviewKD",
     )
 
+    least_images = 2  # of a single one the BatchNorm on 1×1 maps has no statistics
+
     class Config(MethodConfig):
         """Options of ReviewKD."""
 

@@ -108,8 +108,8 @@ class SDD(Method):
     ) -> dict[str, Tensor]:
         """Return the parts of the region's loss: ``{"soft"}``, ``{"tckd", "nckd"}`` or ``{"target", "nontarget"}``."""
         assert teacher is not None
-        logits = self._regions(STUDENT_HEAD, student.taps["feature"])  # [B, R, K]
-        reference = frozen(self._regions("head", teacher.taps["feature"].detach()))
+        logits = self.regions(STUDENT_HEAD, student.taps["feature"])  # [B, R, K]
+        reference = frozen(self.regions("head", teacher.taps["feature"].detach()))
         label, known = labelled(target.hard)
         right = reference.argmax(2) == label[:, None]
         differs = (right != right[:, :1]) & known[:, None]
@@ -137,7 +137,7 @@ class SDD(Method):
         macs = sum(head.weight.numel() for head in self.parts.values() if isinstance(head, nn.Linear))
         return Cost(parameters=0, macs=macs * max(self.cfg.scales) ** 2)
 
-    def _regions(self, head: str, feature: Tensor) -> Tensor:
+    def regions(self, head: str, feature: Tensor) -> Tensor:
         """A network's logits ``[B, R, K]`` of the regions of its map ``[B, C, H, W]``: whole first, then by rows."""
         classifier = self.parts[head]
         with exact(feature):

@@ -21,9 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     option = OPTIONS[args.option] if args.option else PLAIN
-    files = [file for file in sorted(args.folder.glob("*/*.safetensors")) if runs_with(file, option)]
+    # a folder of methods, or the folder of one
+    found = sorted(args.folder.glob("*/*.safetensors")) or sorted(args.folder.glob("*.safetensors"))
+    files = [file for file in found if runs_with(file, option)]
     if not files:
-        print(f"tests.goldens: no <method>/<case>.safetensors in '{args.folder}'", file=sys.stderr)
+        print(f"tests.goldens: no [<method>/]<case>.safetensors in '{args.folder}'", file=sys.stderr)
         return 2
     widths = [max(map(len, names)) for names in ([f.parent.name for f in files], [f.stem for f in files])]
     rows = []

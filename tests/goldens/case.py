@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -142,6 +142,25 @@ class TensorCase:
         head = nn.Linear(width, classes, dtype=torch.float64).requires_grad_(False)
         load(head, state)
         return {"head": head}
+
+
+class NormedCase(TensorCase):
+    """A case whose method has BatchNorms: ``out/after/…`` is what their statistics are after the step."""
+
+    def run(self, change: Output = NO_CHANGE) -> Run:
+        """As every case; further the method's buffers after the step, and what else is recorded."""
+        run, buffers = super().run(change), dict(self.built.named_buffers())
+        names = {name: rename(name, self.layout.parameters) for name in self.golden.group("out/after/")}
+        after = {f"after/{name}": buffers[ours].clone() for name, ours in names.items() if ours in buffers}
+        return replace(run, values={**run.values, **after, **self._further(run)})
+
+    def _further(self, run: Run) -> Mapping[str, Tensor]:
+        """Other recorded values."""
+        return {}
+
+    def _build(self, term: Term, change: Output, student: Outputs, teacher: Outputs) -> Method:
+        self.built = super()._build(term, change, student, teacher)
+        return self.built
 
 
 class Draws(Mapping[str, Tensor]):
