@@ -15,18 +15,21 @@ class Outputs:
     """What a network gives for a batch. `taps` are keyed by the method's role names.
 
     `logits` ``[B, K]`` come from the class head; `dist_logits` ``[B, K]`` from the distillation head when the
-    student trains with two heads, else None.
+    student trains with two heads, else None. `strong` is what the network gives for the strongly augmented view of the
+    same images, where a method of the step needs it.
     """
 
     logits: Tensor
     dist_logits: Tensor | None = None
     taps: Mapping[str, Tensor] = field(default_factory=dict)
+    strong: Outputs | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same with the function's result in the place of every tensor."""
         dist_logits = None if self.dist_logits is None else function(self.dist_logits)
         taps = {name: function(tap) for name, tap in self.taps.items()}
-        return replace(self, logits=function(self.logits), dist_logits=dist_logits, taps=taps)
+        strong = None if self.strong is None else self.strong.map(function)
+        return replace(self, logits=function(self.logits), dist_logits=dist_logits, taps=taps, strong=strong)
 
     def tensors(self) -> list[Tensor]:
         """Everything in it that lies on the device."""

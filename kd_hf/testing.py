@@ -143,6 +143,7 @@ def _tensors(outputs: Outputs | None) -> dict[str, Tensor]:
         return {}
     named = {"logits": outputs.logits, "dist_logits": outputs.dist_logits}
     named.update({f"taps[{role}]": tap for role, tap in outputs.taps.items()})
+    named.update({f"strong.{name}": tensor for name, tensor in _tensors(outputs.strong).items()})
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -219,7 +220,8 @@ class _Case:
 
         dist = normal("dist", (shapes.num_classes,)) if side == "student" and self.dist_head else None
         taps = {role: normal(role, shape) for role, shape in shapes.taps.items()}
-        return Outputs(2 * normal("logits", (shapes.num_classes,)), dist, taps)
+        strong = Outputs(2 * normal("strong", (shapes.num_classes,))) if self.needs.strong else None
+        return Outputs(2 * normal("logits", (shapes.num_classes,)), dist, taps, strong)
 
 
 def _labels(kind: str, classes: int, draws: Draws) -> Target:
@@ -344,8 +346,9 @@ def _check_gradients(case: _Case, batch: _Batch) -> None:
     seen = _tensors(batch.student)
     for role in case.needs.student:
         _assert_gradient(f"student tap '{role}'", seen[f"taps[{role}]"])
-    if case.needs.dist_head:
-        _assert_gradient("student.dist_logits", seen["dist_logits"])
+    for needed, name in ((case.needs.dist_head, "dist_logits"), (case.needs.strong, "strong.logits")):
+        if needed:
+            _assert_gradient(f"student.{name}", seen[name])
     for name, tensor in _tensors(batch.teacher).items():
         assert tensor.grad is None or not tensor.grad.any(), f"a gradient reaches the teacher's {name}; detach it"
 

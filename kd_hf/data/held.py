@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd_hf.data.pixels import DECODERS, UnreadableImage
 from kd_hf.data.source import UNLABELLED, Source
-from kd_hf.data.views import EvalTransform, ViewPlan
+from kd_hf.data.views import STRONG, EvalTransform, ViewPlan
 from kd_hf.errors import UserError
 from kd_hf.recipe.config import AugmentConfig
 
@@ -87,7 +87,7 @@ def held_views(source: Source, plan: ViewPlan, augment: AugmentConfig | None, de
     Raises:
         UserError: they must be held, but cannot.
     """
-    obstacle = None if augment is None else _obstacle(augment)
+    obstacle = None if augment is None else _obstacle(augment, plan)
     if source.hold is True and obstacle:
         raise UserError(f"data.hold: {obstacle}, so nothing decoded could be shown twice; set data.hold: auto")
     if obstacle or not source.hold or (source.hold == "auto" and not _is_small(source, plan)):
@@ -111,8 +111,10 @@ class _Whole:
         return {name: picture.resized(spec.image_size, spec.interpolation) for name, spec in self.specs.items()}
 
 
-def _obstacle(augment: AugmentConfig) -> str | None:
+def _obstacle(augment: AugmentConfig, plan: ViewPlan) -> str | None:
     """What is done to the pixels of an image anew each time it is shown, other than moving and flipping it."""
+    if any(name.endswith(STRONG) for name in plan.views):
+        return "a loss needs the second view of each image, which data.augment.strong changes each time"
     if augment.crop.kind == "random_resized":
         return "data.augment.crop.kind: random_resized resizes another part of an image each time"
     changes = {"auto_augment": augment.auto_augment, "color_jitter": augment.color_jitter}

@@ -15,7 +15,7 @@ from torch import Tensor
 from kd_hf.data.geometry import ENHANCERS, Geometry, draw_geometry, placed
 from kd_hf.data.mix import Erasing, mix_images_, mix_target
 from kd_hf.data.pixels import DECODERS, Picture, as_image, as_tensor, decode
-from kd_hf.draws import Draws, seed_python
+from kd_hf.draws import Draws, generator, hash_key, seed_python
 from kd_hf.errors import UserError, nearest
 from kd_hf.info import Preprocessing
 from kd_hf.outputs import Target
@@ -23,6 +23,9 @@ from kd_hf.recipe.config import AugmentConfig
 
 if TYPE_CHECKING:
     from kd_hf.data.batch import Batch
+
+GREY = 127  # of a square that is cut out
+STRONG = "@strong"  # ends the name of a network's strongly augmented view
 
 # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -53,6 +56,11 @@ class ViewPlan:
         return self.models[self.reference].image_size
 
 
+def with_strong(specs: Mapping[str, Preprocessing]) -> dict[str, Preprocessing]:
+    """Preprocessing by network name, and the same for each network's strongly augmented view."""
+    return {**specs, **{f"{name}{STRONG}": spec for name, spec in specs.items()}}
+
+
 def plan_views(specs: Mapping[str, Preprocessing], training: bool = False) -> ViewPlan:
     """Decide which networks can share a view.
 
@@ -73,7 +81,7 @@ def plan_views(specs: Mapping[str, Preprocessing], training: bool = False) -> Vi
                 f"preprocessing.interpolation of '{name}': unknown '{spec.interpolation}'."
                 f"{nearest(spec.interpolation, known)}"
             )
-        view_of[name] = first.setdefault(_view_key(spec, training), name)
+        view_of[name] = first.setdefault((*_view_key(spec, training), name.endswith(STRONG)), name)
     return ViewPlan(dict(specs), view_of)
 
 
@@ -140,7 +148,8 @@ def _posterize(function: Callable[..., Image.Image], image: Image.Image, bits: i
 
 
 class TrainTransform:
-    """Bytes and sample key to one uint8 tensor ``[3, S, S]`` per view; decodes once and draws once.
+    """Bytes and sample key to one uint8 tensor ``[3, S, S]`` per view; decodes once and draws once, and once more for
+    strongly augmented views.
 
     With `auto_augment` it seeds Python's and numpy's global generators, which timm draws from: keep them with
     :func:`kd_hf.draws.python_state_kept` where that matters.
@@ -156,26 +165,46 @@ class TrainTransform:
         self.size = plan.size
         self.augment = augment
         self.decode = DECODERS[decoder]()
-        policy = augment.auto_augment
-        self.policies = {name: augment_policy(policy, spec) for name, spec in self.views.items()} if policy else {}
+        self.strong = augment.model_copy(update={"auto_augment": augment.strong.auto_augment, "color_jitter": 0.0})
+        chosen = {name: self._augment(name).auto_augment for name in self.views}
+        self.policies = {name: augment_policy(policy, self.views[name]) for name, policy in chosen.items() if policy}
+
+    def _augment(self, name: str) -> AugmentConfig:
+        return self.strong if name.endswith(STRONG) else self.augment
 
     def __call__(self, data: bytes, key: int) -> dict[str, Tensor]:
         """Raises :class:`UnreadableImage` for bytes that are no image."""
         picture = self.decode(data)
-        geometry = draw_geometry(self.augment, picture.size, self.size, key)
-        if geometry.box is not None:
-            picture = picture.cropped(geometry.box)
-        return {name: self._view(name, picture, geometry, key) for name in self.views}
+        views: dict[str, Tensor] = {}
+        for strong, own_key in ((False, key), (True, hash_key(key, "strong"))):
+            names = [name for name in self.views if name.endswith(STRONG) == strong]
+            if names:
+                geometry = draw_geometry(self._augment(names[0]), picture.size, self.size, own_key)
+                cropped = picture if geometry.box is None else picture.cropped(geometry.box)
+                views |= {name: self._view(name, cropped, geometry, own_key) for name in names}
+        return {name: views[name] for name in self.views}
 
     def _view(self, name: str, picture: Picture, geometry: Geometry, key: int) -> Tensor:
         view = take_view(picture, geometry, self.views[name])
-        if name not in self.policies and not geometry.jitter:
-            return view
-        image = as_image(view)
-        if name in self.policies:
-            seed_python(key, "rand_augment")  # the same operations and magnitudes for every view
-            image = self.policies[name](image)
-        return as_tensor(jittered(image, geometry.jitter))
+        if name in self.policies or geometry.jitter:
+            image = as_image(view)
+            if name in self.policies:
+                seed_python(key, "rand_augment")  # the same operations and magnitudes for every view
+                image = self.policies[name](image)
+            view = as_tensor(jittered(image, geometry.jitter))
+        return cut_out(view, self.strong.strong.cutout, key) if name.endswith(STRONG) else view
+
+
+def cut_out(view: Tensor, share: float, key: int) -> Tensor:
+    """A view ``[3, S, S]`` without a square of `share` of its side around a uniform place, as far as that is inside."""
+    side = view.shape[-1]
+    size = round(share * side)
+    if not size:
+        return view
+    top, left = (int(place * side) - size // 2 for place in generator(key, "cutout").random(2))
+    view = view.clone()
+    view[:, max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = GREY
+    return view
 
 
 class EvalTransform:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from kd_hf.data.views import with_strong
 from kd_hf.distillation.choices import Choice, check_methods, choose_methods, taps_of
 from kd_hf.distillation.module import DistillModule, build_methods
 from kd_hf.draws import hash_key
@@ -47,6 +48,10 @@ class Assembly:
             infos |= {name: teacher.info for name, teacher in self.stored.items()}
         order = [name for name in ("student", *self.recipe.all_teachers()) if name in infos]
         return {name: view_of(infos[name], self.config_of(name), self.recipe) for name in order}
+
+    def shown(self) -> dict[str, Preprocessing]:
+        """The views of a training step: those of all networks, twice where a loss compares two of each image."""
+        return with_strong(self.views()) if any(choice.needs.strong for choice in self.choices) else self.views()
 
     def config_of(self, name: str) -> ModelConfig:
         """The recipe's block of a network."""

@@ -97,6 +97,8 @@ def _check_labels(choice: Choice, data: DataConfig) -> None:
             f"methods.{choice.name} keeps something of every training image, of which a batch may show one view only; "
             f"data.augment.repeats is {data.augment.repeats}: set it to 1, or use another method"
         )
+    if choice.needs.strong and data.boxes is not None:
+        raise UserError(f"methods.{choice.name} compares two views of each image; images with boxes have one")
     if choice.needs.labels == "hard" and is_mixing(data.augment):
         raise UserError(
             f"methods.{choice.name} is defined for index labels only, and data.augment mixes images (mixup, cutmix); "
@@ -136,6 +138,11 @@ def check_methods(
     for choice in choices:
         if choice.teacher is None or choice.teacher not in stored:
             continue
+        if choice.needs.strong:
+            raise UserError(
+                f"{place}: methods.{choice.name} shows the teacher a second view of every image, which a store does "
+                "not hold; train with the teacher, or without this method"
+            )
         if choice.needs.parts or not choice.needs.cacheable:
             parts = f" ({', '.join(choice.needs.parts)})" if choice.needs.parts else ""
             raise UserError(

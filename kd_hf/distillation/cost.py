@@ -25,18 +25,23 @@ _STATES = {"sgd": 1, "momentum": 1, "nesterov": 1, "rmsprop": 2, "lion": 1}
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one image: forward FLOPs by network and method; bytes kept for the backward pass in float32."""
+    """Of one image: forward FLOPs of a view by network, and by method; bytes kept for the backward pass in float32.
+
+    `twice` are the networks that see two views of every image.
+    """
 
     flops: Mapping[str, int]
     method_flops: Mapping[str, int]
     activation_bytes: int
+    twice: frozenset[str] = frozenset()
 
     @property
     def relative(self) -> float:
         """FLOPs of a training step over those of plain training of the student (backward = twice forward)."""
-        student = 3 * self.flops["student"]
-        teachers = sum(value for name, value in self.flops.items() if name != "student")
-        return (student + teachers + 3 * sum(self.method_flops.values())) / max(student, 1)
+        plain = 3 * self.flops["student"]
+        passes = {name: value * (2 if name in self.twice else 1) for name, value in self.flops.items()}
+        teachers = sum(value for name, value in passes.items() if name != "student")
+        return (3 * passes["student"] + teachers + 3 * sum(self.method_flops.values())) / max(plain, 1)
 
 
 def step_cost(parts: Assembly) -> StepCost:
@@ -46,7 +51,9 @@ def step_cost(parts: Assembly) -> StepCost:
     student, size, task = parts.module.student, parts.views()["student"].image_size, task_of(parts.recipe)
     # at batch 2 for BatchNorm's sake
     saved = _saved_bytes(student, partial(task.pretend, student, parts.recipe, size, 2)) // 2
-    return StepCost(flops, methods, saved)
+    double = [choice.teacher for choice in parts.choices if choice.needs.strong]
+    twice = frozenset(("student", *(name for name in double if name))) if double else frozenset[str]()
+    return StepCost(flops, methods, saved * (2 if twice else 1), twice)
 
 
 def network_macs(parts: Assembly) -> dict[str, int]:

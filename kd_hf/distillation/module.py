@@ -79,8 +79,9 @@ class DistillModule(nn.Module):
         target: Target,
         draws: Mapping[str, Mapping[str, Tensor]],
         active: Collection[str] | None = None,
+        strong: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Run the student once and every active method on what it gave.
+        """Run the student once, or on both views, and every active method on what it gave.
 
         Args:
             pixels: normalised student images ``[B, 3, H, W]``.
@@ -88,11 +89,14 @@ class DistillModule(nn.Module):
             target: labels.
             draws: from :meth:`draw`.
             active: block names to compute; all by default.
+            strong: the same images strongly augmented, where a method compares two views.
 
         Returns:
             Unweighted scalar losses named ``block/part``.
         """
         seen = self.student(pixels, target)
+        if strong is not None:
+            seen = replace(seen, strong=self.student(strong, target))
         losses: dict[str, Tensor] = {}
         for name, method in self.named_methods():
             if active is not None and name not in active:
@@ -118,7 +122,8 @@ def drawn(method: Method, draws: Draws, moment: Moment) -> dict[str, Tensor]:
 
 def by_role(outputs: Outputs, roles: Mapping[str, str]) -> Outputs:
     """The same outputs with the taps a method asked for, under the method's own names."""
-    return replace(outputs, taps={role: outputs.taps[tap] for role, tap in roles.items()})
+    strong = None if outputs.strong is None else by_role(outputs.strong, roles)
+    return replace(outputs, taps={role: outputs.taps[tap] for role, tap in roles.items()}, strong=strong)
 
 
 def build_methods(

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from kd_hf.recipe.config import BoxAugment, Recipe
 
 
-def random_text(recipe: Recipe) -> list[str]:
+def random_text(parts: Assembly) -> list[str]:
     """What is drawn for every image."""
     from kd_hf.data.geometry import takes_jitter
 
+    recipe = parts.recipe
     if recipe.data.boxes is not None:
         return _random_boxes(recipe.data.boxes.augment)
     augment = recipe.data.augment
@@ -27,6 +28,7 @@ def random_text(recipe: Recipe) -> list[str]:
         "erasing": augment.erasing > 0,
         "mixup": augment.mixup > 0,
         "cutmix": augment.cutmix > 0,
+        f"a second view ({augment.strong.describe()})": any(choice.needs.strong for choice in parts.choices),
     }
     return [name for name, is_drawn in drawn.items() if is_drawn]
 
@@ -69,7 +71,7 @@ def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
         *(f"{name:8} {teacher.describe()}" for name, teacher in parts.stored.items()),
         f"losses   {', '.join(losses)}",
         f"data     {data['train']}",
-        f"random   {', '.join(random_text(recipe)) or 'nothing'}",
+        f"random   {', '.join(random_text(parts)) or 'nothing'}",
         f"held out {data['eval']}",
         f"steps    {steps}",
         f"optim    {train.optim}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}",

@@ -48,6 +48,7 @@ class Needs:
     teacher: Mapping[str, str] = field(default_factory=dict)
     teacher_logits: bool = False  # when no loss of a step reads them, the teacher stops after its last tap
     dist_head: bool = False  # the student must train with its distillation head apart
+    strong: bool = False  # both networks see a second, strongly augmented view of every image: `Outputs.strong`
     parts: tuple[str, ...] = ()  # live teacher modules, by reference: "head", "after:stage:-2", …
     student_parts: tuple[str, ...] = ()  # live modules of the student, which train; `parts` has them as "student:head"
     labels: Literal["none", "optional", "hard", "soft"] = "none"  # hard: index labels only; soft: mixed rows too

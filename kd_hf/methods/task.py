@@ -22,7 +22,8 @@ class Task(Method):
     ``bce``: ``-1/B Σ_b R_k[Y'_bk log σ(z_bk) + (1 - Y'_bk) log(1 - σ(z_bk))]`` with R the mean or the sum
     over classes; the part is called ``bce``. With a threshold θ the targets are 1 where ``Y'_bk > θ``, else 0.
 
-    Rows of mixed labels are used as they are. A sample without a label adds 0 and still counts in B.
+    Rows of mixed labels are used as they are. A sample without a label adds 0 and still counts in B. With ``strong``
+    the strongly augmented view of the same images adds a part of its own, ``ce_strong`` or ``bce_strong``.
     """
 
     name = "task"
@@ -43,6 +44,8 @@ class Task(Method):
         bce_threshold: float | None = Field(None, ge=0, lt=1)
         """θ: classes whose share of the target is larger are fully present for `bce`, the others not at all. DeiT's and
         VkD's `--bce-loss` have 0, which needs `label_smoothing: 0`; by default the shares are used as they are."""
+        strong: bool = False
+        """Learn the strongly augmented view of every image too (`data.augment.strong`)."""
 
         @model_validator(mode="after")
         def _threshold_of_bce(self) -> Task.Config:
@@ -57,21 +60,28 @@ class Task(Method):
     @classmethod
     def needs(cls, cfg: Any, student: ModelInfo, teacher: ModelInfo | None) -> Needs:
         """Labels of any kind, where there are any."""
-        return Needs(labels="optional")
+        return Needs(labels="optional", strong=cfg.strong)
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Target, draws: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return ``{"ce": scalar}`` or ``{"bce": scalar}``."""
-        logits = full_precision(student.logits)
-        known = target.hard >= 0
+        """Return ``{"ce": scalar}`` or ``{"bce": scalar}``, and the same of the strong view where it counts."""
+        part = "bce" if self.cfg.loss == "bce" else "ce"
+        losses = {part: self._loss(student.logits, target)}
+        if self.cfg.strong:
+            assert student.strong is not None
+            losses[f"{part}_strong"] = self._loss(student.strong.logits, target)
+        return losses
+
+    def _loss(self, logits: Tensor, target: Target) -> Tensor:
+        logits, known = full_precision(logits), target.hard >= 0
         if self.cfg.loss == "bce":
-            return {"bce": batch_mean(self._binary(logits, target), known)}
+            return batch_mean(self._binary(logits, target), known)
         labels = target.hard if target.soft is None else target.soft.to(logits.dtype)
         losses = F.cross_entropy(
             logits, labels, ignore_index=-1, label_smoothing=self.cfg.label_smoothing, reduction="none"
         )
-        return {"ce": batch_mean(losses, known)}
+        return batch_mean(losses, known)
 
     def _binary(self, logits: Tensor, target: Target) -> Tensor:
         """Binary cross-entropy over classes, per sample: ``[B]``."""

@@ -60,7 +60,7 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "memory_per_process_gib": {
             name: round(size / 2**30, 2) for name, size in memory_bytes(held, run, train, images or 0).items()
         },
-        "augmentation": random_text(recipe),
+        "augmentation": random_text(parts),
         "order": "the image at (seed, epoch, position) is a pure function: the same on any number of processes "
         "and workers, and after a resume",
         "gates": {name: _gate(recipe, name) for name in recipe.all_teachers() if name not in stores},

@@ -138,6 +138,19 @@ class CropConfig(Block):
     """Pixels added on each side, at the student's resolution, before a random crop of the original size (`pad`)."""
 
 
+class StrongConfig(Block):
+    """A second view of every training image, with crop and flip of its own, for losses that compare two views."""
+
+    auto_augment: str | None = "rand-m10-n2-mstd101-inc1"
+    """A policy in timm's terms; by default two operations of RandAugment with a magnitude uniform in 0–10."""
+    cutout: float = Field(0.5, ge=0, le=1)
+    """Side of a grey square at a random place, relative to the view's; the view's borders cut it off."""
+
+    def describe(self) -> str:
+        """What is done, in a few words."""
+        return " and ".join([self.auto_augment or "no policy", *(["cutout"] if self.cutout else [])])
+
+
 class AugmentConfig(Block):
     """Random changes to training images. Every draw is keyed by (seed, epoch, sample)."""
 
@@ -161,6 +174,8 @@ class AugmentConfig(Block):
     """Images that share one mixing coefficient; by default the whole global batch."""
     repeats: int = Field(1, ge=1)
     """Repeated augmentation: how often each image occurs in a batch, with draws of its own."""
+    strong: StrongConfig = StrongConfig()
+    """The second view, made only where a loss needs it (`mlkd`, and `task` with `strong: true`)."""
 
 
 class BoxAugment(Block):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_hf.data.loader import BatchLoader
 from kd_hf.data.order import Layout
+from kd_hf.data.views import STRONG
 from kd_hf.distillation.assembly import Assembly
 from kd_hf.distillation.choices import taps_of
 from kd_hf.distillation.module import DistillModule
@@ -34,11 +35,14 @@ class Lesson:
     draws: dict[str, Mapping[str, Tensor]]
     active: tuple[str, ...]
     corrupt: list[int]  # rows of the batch that could not be read
+    strong: Tensor | None = None  # the strongly augmented view, where an active loss needs it
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything in it that lies on the device."""
         for part in (self.pixels, self.target):
             yield from (part,) if isinstance(part, Tensor) else part.tensors()
+        if self.strong is not None:
+            yield self.strong
         for outputs in self.teachers.values():
             yield from outputs.tensors()
         for drawn in self.draws.values():
@@ -120,13 +124,17 @@ class Feed:
             losses = [self.module.choices[name] for name in active]
             read = {loss.teacher for loss in losses}  # one that is not read now does not run
             whole = {loss.teacher for loss in losses if loss.needs.teacher_logits}  # the others stop after their taps
+            twice = {loss.teacher for loss in losses if loss.needs.strong}
             seed_networks(self.seed, step, micro, self.rank, "teachers")
             live = {name: teacher for name, teacher in self.teachers.items() if name in read}
             taught = {name: teacher(views[name], whole=name in whole) for name, teacher in live.items()}
+            for name in (name for name in live if name in twice):
+                taught[name] = replace(taught[name], strong=live[name](views[f"{name}{STRONG}"]))
             told = {name: reader for name, reader in self.stored.items() if name in read}
             taught |= {name: reader(number, keys, self.device) for name, reader in told.items()}
             draws = self.module.draw(Draws(batch.key), self.moment(step), active)
-        return Lesson(views["student"], taught, target, draws, active, batch.corrupt)
+        strong = views[f"student{STRONG}"] if any(loss.needs.strong for loss in losses) else None
+        return Lesson(views["student"], taught, target, draws, active, batch.corrupt, strong)
 
 
 def open_feed(
@@ -139,7 +147,7 @@ def open_feed(
     total_steps: int,
 ) -> Feed:
     """This rank's lessons of the optimiser steps ``start_step … total_steps - 1`` of a run."""
-    args, views = parts.recipe.train, parts.views()
+    args, views = parts.recipe.train, parts.shown()
     accumulation = args.gradient_accumulation_steps
     ranks = (accelerator.num_processes, accelerator.process_index)
     layout = Layout(args.per_device_train_batch_size, *ranks, accumulation)

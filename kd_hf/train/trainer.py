@@ -253,7 +253,8 @@ class DistillTrainer:
             self._note_corrupt(lesson.corrupt)
             seed_networks(self.args.seed, step, micro, self.accelerator.process_index)
             with self.accelerator.accumulate(module):
-                losses = module(lesson.pixels, lesson.teachers, lesson.target, lesson.draws, lesson.active)
+                given = (lesson.teachers, lesson.target, lesson.draws, lesson.active, lesson.strong)
+                losses = module(lesson.pixels, *given)
                 total = torch.stack([weights[name.partition("/")[0]] * value for name, value in losses.items()]).sum()
                 self.window.add({"loss": total, **losses}, step + 1)
                 self.accelerator.backward(total)

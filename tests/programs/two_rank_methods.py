@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ PAIRS = {
     "kd": CONVNEXT,
     "manifold": VIT,
     "mgd": CONVNEXT,
+    "mlkd": CONVNEXT,
     "nkd": CONVNEXT,
     "ofa": CONVNEXT,
     "ofd": RESNET,
@@ -134,15 +136,20 @@ class Step:
 
     def losses(self, rows: range, wrapped: nn.Module | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Named losses on the images of these numbers; `seed` is that of the method's draws."""
-        pixels = Draws(torch.tensor([hash_key("pixels", row) for row in rows])).normal("", (3, 32, 32))
         numbers = torch.tensor(list(rows))
         target = Target(numbers % CLASSES, row=numbers)
-        return (wrapped or self.module)(pixels, {"teacher": self.taught(pixels)}, target, self.draws(rows, seed))
+        views = [Draws(torch.tensor([hash_key(view, row) for row in rows])) for view in ("pixels", "strong")]
+        pixels, strong = (draws.normal("", (3, 32, 32)) for draws in views)
+        strong = strong if self.needs.strong else None
+        given = ({"teacher": self.taught(pixels, strong)}, target, self.draws(rows, seed))
+        return (wrapped or self.module)(pixels, *given, strong=strong)
 
-    def taught(self, pixels: Tensor) -> Outputs:
+    def taught(self, pixels: Tensor, strong: Tensor | None) -> Outputs:
         """The teacher's outputs as leaves, so that a gradient that reached them would show."""
         self.seen = self.teacher(pixels)
-        for tensor in (self.seen.logits, *self.seen.taps.values()):
+        if strong is not None:
+            self.seen = replace(self.seen, strong=self.teacher(strong))
+        for tensor in self.seen.tensors():
             tensor.requires_grad_()
         return self.seen
 
