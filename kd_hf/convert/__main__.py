@@ -22,7 +22,7 @@ CIFAR-100 whole (--crop-pct 1 --mean 0.50707 0.48655 0.44092 --std 0.26733 0.256
     Mixer-B/16                           --arch kd_hf/mixer_b14 --kwargs patch_size=16
     Mixer-S/16                           --arch kd_hf/mixer_b14 --kwargs patch_size=16 embed_dim=512 depth=8
     VkD's students                       --arch kd_hf/conv_stem_deit_tiny, …
-    ViDT, also of VkD                    (no --arch: the weights tell its sizes)
+    ViDT, also of VkD                    (no --arch: the weights tell its sizes; --kwargs decoder_attention_heads=4)
     RepDistiller, mdistiller             --arch kd_hf/resnet56, kd_hf/wrn_40_2, kd_hf/vgg13, kd_hf/resnet50_cifar, …
                                          (or none, in a folder that is named after it: resnet32x4_vanilla/…)
 """

@@ -39,7 +39,7 @@ def convert_checkpoint(
         weights: ``auto`` (the published ones), ``model`` (not averaged) or ``ema`` (averaged).
         num_classes: K; by default as many as the checkpoint's classifier has.
         image_size: pixels per side; by default the architecture's.
-        kwargs: constructor arguments of the architecture.
+        kwargs: constructor arguments of the architecture; of ViDT those that no weight shows.
         preprocessing: mean, std, interpolation and crop where they are not the architecture's.
         label_names: a file with one class name per line, or ``imagenet-1k``.
         bgr: the network was trained on images in OpenCV's order; its first convolution is turned to RGB.
@@ -62,7 +62,7 @@ def convert_checkpoint(
     source = read_checkpoint(Path(checkpoint))
     student = find_student(source, weights)
     if is_vidt(frozenset(student.tensors)):
-        return convert_vidt(student.tensors, target, str(checkpoint))
+        return convert_vidt(student.tensors, target, str(checkpoint), kwargs or {})
     arch = arch or arch_of_folder(Path(checkpoint))
     if arch is None:
         raise UserError(

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from kd_hf.detection.networks.vidt_body_weights import STAGE, count_numbers
-from kd_hf.errors import UserError
+from kd_hf.errors import UserError, nearest
 from kd_hf.text.words import enumerate_names
 
 if TYPE_CHECKING:
     from kd_hf.detection.networks.vidt_config import ViDTConfig
 
 Named = list[tuple[str, str, Tensor]]  # name in the file, name in the network, weights
-HEADS = 8  # of the decoder: the only size that no shape shows, and the same in every release
+UNSEEN: Mapping[str, Any] = {"decoder_attention_heads": 8, "cross_stages": (3,)}  # no shape shows them; every release's
 _SIGN = ("backbone.det_token", "transformer.reference_points.weight")
 _DROPPED = (
     r"backbone\.norm\d\.",  # never used, for the sake of loading a classifier's weights
@@ -55,16 +55,24 @@ def is_vidt(names: frozenset[str]) -> bool:
     return names.issuperset(_SIGN)
 
 
-def config_of(tensors: Mapping[str, Tensor]) -> ViDTConfig:
+def config_of(tensors: Mapping[str, Tensor], unseen: Mapping[str, Any] = UNSEEN) -> ViDTConfig:
     """The network that a checkpoint's weights are for.
 
+    Args:
+        tensors: the authors', by name.
+        unseen: arguments that no weight shows, instead of those of every release: the decoder's
+            `decoder_attention_heads`, and `cross_stages`, in which tokens look at the image.
+
     Raises:
-        UserError: a weight that shows a size is missing, or the sizes contradict each other.
+        UserError: a weight that shows a size is missing, the sizes contradict each other, or an argument is not one
+            that the weights leave open.
     """
     from kd_hf.detection.networks.vidt_config import BODIES, ViDTConfig
 
+    if unknown := next(iter(unseen.keys() - UNSEEN.keys()), None):
+        raise UserError(f"--kwargs: the weights tell ViDT's '{unknown}', or it is none.{nearest(unknown, UNSEEN)}")
     try:
-        sizes = _sizes(tensors)
+        sizes = _sizes(tensors, {**UNSEEN, **unseen})
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the checkpoint is no whole ViDT: it has no usable weight {error}") from None
     drop_path = {body[:3]: body[3] for body in BODIES.values()}
@@ -72,7 +80,7 @@ def config_of(tensors: Mapping[str, Tensor]) -> ViDTConfig:
     return ViDTConfig(drop_path_rate=drop_path.get(body, 0.0), **sizes)
 
 
-def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes(tensors: Mapping[str, Tensor], unseen: Mapping[str, Any]) -> dict[str, Any]:
     stages = count_numbers(tensors, STAGE)
     blocks = [f"backbone.layers.{stage}.blocks." for stage in range(stages)]
     tables = [tensors[f"{block}0.attn.relative_position_bias_table"] for block in blocks]
@@ -82,7 +90,10 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ValueError("tgt_proj.0.weight that fits backbone.det_token")
     layer = "transformer.decoder.layers.0."
     levels = stages
-    samples = tensors[f"{layer}cross_attn.attention_weights.weight"].shape[0] // (HEADS * levels)
+    name = f"{layer}cross_attn.attention_weights.weight"
+    samples, rest = divmod(tensors[name].shape[0], unseen["decoder_attention_heads"] * levels)
+    if rest or not samples:
+        raise ValueError(f"{name} for {unseen['decoder_attention_heads']} heads (--kwargs decoder_attention_heads=…)")
     fc1 = tensors[f"{blocks[0]}0.mlp.fc1.weight"]
     vector = tensors.get("vector_embed.0.layers.2.weight")
     return {
@@ -95,7 +106,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_queries": tensors["backbone.det_token"].shape[1],
         "d_model": width,
         "decoder_layers": count_numbers(tensors, r"transformer\.decoder\.layers\.(\d+)\."),
-        "decoder_attention_heads": HEADS,
+        **unseen,
         "decoder_ffn_dim": tensors[f"{layer}linear1.weight"].shape[0],
         "decoder_n_points": samples,
         "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in tensors,
@@ -147,8 +158,10 @@ def _renamed(name: str, config: ViDTConfig) -> str:
     return name
 
 
-def fit_vidt(tensors: Mapping[str, Tensor], checkpoint: str = "the checkpoint") -> tuple[ViDTConfig, dict[str, Tensor]]:
-    """The network's configuration and all its weights by name.
+def fit_vidt(
+    tensors: Mapping[str, Tensor], checkpoint: str = "the checkpoint", unseen: Mapping[str, Any] = UNSEEN
+) -> tuple[ViDTConfig, dict[str, Tensor]]:
+    """The network's configuration and all its weights by name; `unseen` as :func:`config_of`.
 
     Raises:
         UserError: names on one side only, or another shape; the message has the first of each kind and their number.
@@ -157,7 +170,7 @@ def fit_vidt(tensors: Mapping[str, Tensor], checkpoint: str = "the checkpoint") 
 
     from kd_hf.detection.networks.vidt import ViDTForObjectDetection
 
-    config = config_of(tensors)
+    config = config_of(tensors, unseen)
     with torch.device("meta"):
         wanted = ViDTForObjectDetection(config).state_dict()
     named = to_vidt(tensors, config)
@@ -174,13 +187,19 @@ def fit_vidt(tensors: Mapping[str, Tensor], checkpoint: str = "the checkpoint") 
     return config, found
 
 
-def convert_vidt(tensors: Mapping[str, Tensor], folder: Path, checkpoint: str = "the checkpoint") -> list[str]:
+def convert_vidt(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    checkpoint: str = "the checkpoint",
+    unseen: Mapping[str, Any] = UNSEEN,
+) -> list[str]:
     """Write a model folder with code, weights and image processor that transformers loads.
 
     Args:
         tensors: the authors', as :func:`kd_hf.convert.layouts.find_student` takes them out of a file.
         folder: where the model goes.
         checkpoint: the file's name, for messages.
+        unseen: as :func:`config_of`.
 
     Returns:
         What was done, in lines for a person.
@@ -195,7 +214,7 @@ def convert_vidt(tensors: Mapping[str, Tensor], folder: Path, checkpoint: str = 
     from kd_hf.files import atomic_folder
     from kd_hf.models.safetensors import write_safetensors
 
-    config, weights = fit_vidt(tensors, checkpoint)
+    config, weights = fit_vidt(tensors, checkpoint, unseen)
     network = ViDTForObjectDetection(config)
     network.load_state_dict(weights)
     with atomic_folder(folder.absolute()) as temporary:
@@ -210,4 +229,5 @@ def convert_vidt(tensors: Mapping[str, Tensor], folder: Path, checkpoint: str = 
         f"{folder}: ViDT, {config.num_queries} boxes, {config.num_labels} classes, "
         f"{sum(value.numel() for value in weights.values()) / 1e6:.1f} M parameters",
         f"left out: {unused} weights that the network does not use",
+        "no weight shows, so check: " + ", ".join(f"{name}={getattr(config, name)}" for name in UNSEEN),
     ]

@@ -52,6 +52,25 @@ def test_sizes_are_read_off_the_shapes(sizes):
     assert options == (sizes.with_box_refine, sizes.epff, sizes.iou_aware, sizes.token_label, sizes.n_keep)
 
 
+def test_what_no_weight_shows_is_told():
+    """Four heads of four samples have the weights of eight heads of two."""
+    four = config_of(state_dict(replace(SMALL, nheads=4, dec_n_points=4)), {"decoder_attention_heads": 4})
+    assert (four.decoder_attention_heads, four.decoder_n_points, tuple(four.cross_stages)) == (4, 4, (3,))
+    assert tuple(config_of(state_dict(SMALL), {"cross_stages": (2, 3)}).cross_stages) == (2, 3)
+    with pytest.raises(UserError, match=r"cross_attn.attention_weights.weight for 3 heads \(--kwargs decoder_att"):
+        config_of(state_dict(SMALL), {"decoder_attention_heads": 3})
+    with pytest.raises(UserError, match=r"'attention_heads'.*Did you mean 'decoder_attention_heads'"):
+        config_of(state_dict(SMALL), {"attention_heads": 4})
+
+
+def test_the_command_takes_what_no_weight_shows(tmp_path, capsys):
+    torch.save({"model": state_dict(replace(SMALL, nheads=4))}, tmp_path / "four.pth")
+    options = ["-o", str(tmp_path / "four"), "--kwargs", "decoder_attention_heads=4"]
+    assert convert([str(tmp_path / "four.pth"), *options]) == 0
+    assert "no weight shows, so check: decoder_attention_heads=4, cross_stages=" in capsys.readouterr().out
+    assert ViDTConfig.from_pretrained(tmp_path / "four").decoder_attention_heads == 4
+
+
 def test_known_bodies_get_their_stochastic_depth():
     tiny = Sizes(embed_dim=96, det_token_num=2, dec_layers=1)
     with torch.device("meta"):

@@ -44,6 +44,7 @@ SIZES = {
     "cross_scale_fusion": "epff",  # its name before ViDT+
     "pos_dim": "d_model",
 }
+UNSEEN = {"nheads": "decoder_attention_heads", "cross_indices": "cross_stages"}  # no weight shows them
 # options that change nothing in evaluation mode, for given weights
 UNUSED = ("aux_loss", "gt_mask_len", "with_vector", "backbone_name", "dropout", "drop_path_rate")
 # a line of the authors' log: how many queries have another likeliest class than the last one, which means nothing here
@@ -138,10 +139,10 @@ class NetworkCase(DetectionCase):
         given = {ours: hparams[name] for name, ours in SIZES.items() if name in hparams}
         given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
         official = state_dict(Sizes(**given))
-        config, weights = fit_vidt(official)
+        unseen = {ours: hparams[name] for name, ours in UNSEEN.items() if name in hparams}
+        config, weights = fit_vidt(official, "the record", unseen)
         for name, value in loss_options(hparams).items():
             setattr(config, name, value)
-        config.cross_stages = list(hparams.get("cross_indices", config.cross_stages))
         network = ViDTForObjectDetection(config).double().eval()
         load(network, weights)
         for name, recorded in self.golden.group("check/").items():
