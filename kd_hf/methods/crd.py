@@ -190,10 +190,12 @@ class CRD(Method):
         """
         share = (chosen.shape[1] - 1) / len(bank)
         sums = odds + (share + EPSILON)
-        losses = (sums.log() - math.log(share)).sum(1) - (odds[:, 0].log() - math.log(share))
+        # -log(m / (P + m + ε)) is near 0 for most, where a difference of logarithms would be rounding
+        terms = ((odds + EPSILON) / share).log1p()
+        terms[:, 0] = (sums[:, 0] / odds[:, 0]).log()
         slopes = odds / sums
         slopes[:, 0] -= 1
-        return losses, weighted_rows(slopes, bank, chosen) / self.cfg.temperature
+        return terms.sum(1), weighted_rows(slopes, bank, chosen) / self.cfg.temperature
 
     def _remember(self, rows: Tensor, vectors: tuple[Tensor, ...], z: list[Tensor]) -> None:
         """Move the rows of all images of the step, and set Z. Of an image that occurs twice the last one counts."""

@@ -8,17 +8,25 @@ from pydantic import ConfigDict
 
 from kd_hf.errors import UserError
 from kd_hf.methods import get_method, method_names
+from kd_hf.methods.at import AT
 from kd_hf.methods.base import Method, Needs, Reference
 from kd_hf.methods.cls_kd import ClsKD
+from kd_hf.methods.crd import CRD
 from kd_hf.methods.deit_soft import DeiTSoft
+from kd_hf.methods.dist import DIST
 from kd_hf.methods.dkd import DKD
+from kd_hf.methods.fitnet import FitNet
 from kd_hf.methods.kd import KD
 from kd_hf.methods.manifold import Manifold
 from kd_hf.methods.mgd import MGD
 from kd_hf.methods.nkd import NKD
+from kd_hf.methods.pkt import PKT
+from kd_hf.methods.rkd import RKD
+from kd_hf.methods.sp import SP
 from kd_hf.methods.srrl import SRRL
 from kd_hf.methods.task import Task
 from kd_hf.methods.uskd import USKD
+from kd_hf.methods.vid import VID
 from kd_hf.testing import check_method
 
 OPTIONS = [
@@ -38,6 +46,16 @@ OPTIONS = [
     (Manifold, {"student_blocks": [3, 0], "teacher_blocks": [1, 1], "K": 10}),
     (ClsKD, {"dim_match": "relation", "detach_weights": True}),
     (ClsKD, {"manifold": False, "norm_distill": True, "last_w": 1}),
+    *((method, {"logit_std": True, "temperature": 2}) for method in (KD, DKD, NKD, DIST)),
+    *((method, {"gather": True}) for method in (SP, RKD, PKT, DIST)),
+    (SP, {"student_tap": "stage:-2", "teacher_tap": "pre_logits"}),
+    (RKD, {"squared": True, "normalise": True}),
+    (RKD, {"student_tap": "stage:-1", "teacher_tap": "stage:-1"}),
+    (AT, {"p": 3}),
+    (VID, {"learn_variance": False, "initial_variance": 1}),
+    (FitNet, {"student_tap": "stage:1", "teacher_tap": "stage:2"}),
+    (CRD, {"negatives": 20, "positive": "relax"}),
+    (CRD, {"negatives": 5, "replacement": True, "momentum": 0.9, "dim": 7}),
 ]
 
 

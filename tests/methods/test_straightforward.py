@@ -10,6 +10,7 @@ from kd_hf.info import Shapes
 from kd_hf.methods.cls_kd import ClsKD
 from kd_hf.methods.cross_attention import CrossAttentionProjector, mimicking, without_mean
 from kd_hf.methods.deit_soft import DeiTSoft
+from kd_hf.methods.dist import DIST
 from kd_hf.methods.dkd import DKD
 from kd_hf.methods.kd import KD
 from kd_hf.methods.manifold import Manifold
@@ -205,7 +206,14 @@ def test_finite_and_right_where_probabilities_round_to_one_and_zero(name, gap):
 
 
 COMPILED = [(method, {}) for method in CERTAIN.values()]
-COMPILED += [(NKD, {"temperature": 3.0}), (Manifold, {"K": 7}), (ClsKD, {"K": 7}), (ViTKD, {})]
+COMPILED += [
+    (NKD, {"temperature": 3.0}),
+    (KD, {"logit_std": True}),
+    (DIST, {}),
+    (Manifold, {"K": 7}),
+    (ClsKD, {"K": 7}),
+    (ViTKD, {}),
+]
 
 
 @pytest.mark.parametrize(("method", "config"), COMPILED, ids=lambda value: getattr(value, "name", str(value)))

@@ -23,19 +23,27 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 import torch
 from torch import Tensor
 
+from kd_hf.data.noise import NoiseSource
 from kd_hf.info import Shapes
+from kd_hf.methods.at import AT
 from kd_hf.methods.base import Method
 from kd_hf.methods.cls_kd import ClsKD
+from kd_hf.methods.crd import CRD
 from kd_hf.methods.cross_attention import CrossAttentionProjector
 from kd_hf.methods.deit_soft import DeiTSoft
+from kd_hf.methods.dist import DIST
 from kd_hf.methods.dkd import DKD
 from kd_hf.methods.kd import KD
 from kd_hf.methods.manifold import Manifold
 from kd_hf.methods.mgd import MGD
 from kd_hf.methods.nkd import NKD
 from kd_hf.methods.orthogonal import OrthogonalProjection
+from kd_hf.methods.pkt import PKT
+from kd_hf.methods.rkd import RKD
 from kd_hf.methods.scalekd import ScaleKD
+from kd_hf.methods.sp import SP
 from kd_hf.methods.uskd import USKD
+from kd_hf.methods.vid import VID
 from kd_hf.methods.vitkd import ViTKD
 from kd_hf.methods.wsld import WSLD
 from kd_hf.outputs import Outputs, Target
@@ -198,11 +206,63 @@ def projector_cases() -> dict[str, Case]:
     return {"vkd_projector": Case(*forms, leaves, 0.01, rounds=3)}
 
 
+def relation_cases() -> dict[str, Case]:
+    """Losses that compare the images of a batch, and CRD with CIFAR-100's 50,000 rows and a tenth of its negatives."""
+    count, (ours, theirs) = 64, (leaf(64, 256), torch.randn(64, 512))
+    plain = straightforward
+    shapes = {"feature": (256,)}, {"feature": (512,)}
+    outputs = tapped({"feature": ours}, {"feature": theirs})
+    cases = {
+        "rkd": Case(total(build(RKD, *shapes), *outputs), lambda: plain.rkd(ours, theirs), [ours]),
+        "pkt": Case(total(build(PKT, *shapes), *outputs), lambda: plain.pkt(ours, theirs), [ours]),
+        "sp": Case(total(build(SP, *shapes), *outputs), lambda: plain.sp(ours, theirs), [ours]),
+    }
+    logits, reference = leaf(BATCH, CLASSES), 2 * torch.randn(BATCH, CLASSES)
+    method = build(DIST)
+    given = Outputs(logits), Outputs(reference), Target(torch.zeros(BATCH, dtype=torch.long))
+    cases["dist"] = Case(total(method, *given), lambda: plain.dist(logits, reference), [logits])
+
+    images = NoiseSource(50_000, 8, 100)
+    sides = Shapes(100, shapes[0], samples=images), Shapes(100, shapes[1])
+    crd = CRD(CRD.Config(negatives=1638), *sides, {}).eval()  # the banks stay as they are
+    rows = torch.randperm(len(images))[:count]
+    chosen = torch.cat([rows[:, None], torch.randint(len(images), (count, 1638))], 1)
+    embeddings, banks = (crd.embed_s.linear, crd.embed_t.linear), (crd.memory_s, crd.memory_t)
+    target = Target(torch.zeros(count, dtype=torch.long), None, rows)
+    cases["crd"] = Case(
+        total(crd, *outputs[:2], target, {"contrast_index": chosen}),
+        lambda: plain.crd(ours, theirs, embeddings, banks, chosen),
+        [ours, *crd.parameters()],
+        rounds=9,
+    )
+    return cases
+
+
+def stage_cases() -> dict[str, Case]:
+    """Losses on the maps of three stages: resnet32x4 and resnet8x4 on CIFAR-100's images."""
+    sizes = [(64, 32, 32), (128, 16, 16), (256, 8, 8)]
+    ours, theirs = [leaf(BATCH, *size) for size in sizes], [torch.randn(BATCH, *size) for size in sizes]
+    shapes = {f"map{place}": size for place, size in enumerate(sizes)}
+    outputs = tapped(dict(zip(shapes, ours, strict=True)), dict(zip(shapes, theirs, strict=True)))
+    at, vid = build(AT, shapes, shapes), build(VID, shapes, shapes)
+    return {
+        "at": Case(total(at, *outputs), lambda: straightforward.at(ours, theirs), ours),
+        "vid": Case(
+            total(vid, *outputs),
+            lambda: straightforward.vid(ours, theirs, vid.stages),
+            [*ours, *vid.parameters()],
+            rounds=9,
+        ),
+    }
+
+
 GROUPS: Mapping[str, Callable[[], dict[str, Case]]] = {
     "kd nkd dkd wsld deit_soft uskd": logit_cases,
     "manifold cls_kd vitkd": token_cases,
     "mgd scalekd_dfm scalekd_cap": map_cases,
     "vkd_projector": projector_cases,
+    "rkd pkt sp dist crd": relation_cases,
+    "at vid": stage_cases,
 }
 
 
