@@ -306,6 +306,21 @@ def test_mistakes_of_eval(folder, complaint, argv, wanted):
         (["recipe.yaml", "--processes", "0"], ["--processes", "1 or more"]),
         (["recipe.yaml", "methods.mgd.teacher_tap=block:3"], ["tap 'block:3'", "stage:1"]),
         (["recipe.yaml", "teacher.recipe=other.yaml", "teacher.model="], ["no recipe 'other.yaml'"]),
+        *(
+            (
+                ["recipe.yaml", f"methods.{name}={{}}", "train.per_device_train_batch_size=1"],
+                [f"methods.{name} ", "is 1"],
+            )
+            for name in ("sp", "pkt", "rkd")
+        ),
+        (
+            ["recipe.yaml", "--processes", "4", "methods.sp={}", "train.per_device_train_batch_size=1"],
+            ["methods.sp ", "raise it, or set methods.sp.gather: true"],
+        ),
+        (["recipe.yaml", "methods.crd={}", "data.augment.repeats=2"], ["methods.crd ", "data.augment.repeats is 2"]),
+        (["recipe.yaml", "methods.crd={}", "data.augment.mixup=0.8"], ["methods.crd ", "turn mixing off"]),
+        (["recipe.yaml", "methods.at={student_taps: [stage:1]}"], ["methods.at", "give student_taps and teacher_taps"]),
+        (["recipe.yaml", "methods.fitnet={teacher_tap: stage:9}"], ["tap 'stage:9'", "stage:1"]),
     ],
 )
 def test_mistakes_of_plan(folder, complaint, argv, wanted):
