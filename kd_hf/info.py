@@ -91,10 +91,12 @@ class Shapes:
     """Shapes without the batch dimension: K, each tapped tensor by the method's own role name, and the channels of the
     network's last stage (0 where it has none).
 
-    `samples` are the training images, for a method that keeps something of each of them (`Needs.samples`).
+    `prefix` is how many tokens its blocks carry before the patches, None where that is not known; `samples` are the
+    training images, for a method that keeps something of each of them (`Needs.samples`).
     """
 
     num_classes: int
     taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     width: int = 0
+    prefix: int | None = None
     samples: Samples | None = None

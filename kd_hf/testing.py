@@ -186,7 +186,7 @@ class _Case:
             if f"{side}.{role}" not in given:
                 check_tap(info, tap)
         taps = {role: given.get(f"{side}.{role}") or tap_shape(info, tap) for role, tap in roles.items()}
-        return Shapes(info.num_classes, taps, info.width)
+        return Shapes(info.num_classes, taps, info.width, len(info.block_prefix))
 
     @staticmethod
     def _part(name: str, teacher: ModelInfo | None, given: Mapping[str, nn.Module]) -> nn.Module:

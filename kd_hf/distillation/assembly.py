@@ -149,4 +149,4 @@ def load_network(
 
 def _shapes(model: Tapped, info: ModelInfo, cfg: ModelConfig, recipe: Recipe) -> Shapes:
     taps = task_of(recipe).tap_shapes(model, recipe, view_of(info, cfg, recipe).image_size)
-    return Shapes(info.num_classes, taps, info.width)
+    return Shapes(info.num_classes, taps, info.width, len(info.block_prefix))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -82,11 +81,11 @@ class ClsKD(Method):
         teacher = require_teacher(cls.name, teacher, student, same_classes=False)
         ours, theirs = paired_taps(cls.name, cfg, student, teacher)
         for side, info in (("student", student), ("teacher", teacher)):
-            if info.prefix != ("cls",):
+            if info.block_prefix != ("cls",):
                 raise UserError(
-                    f"methods.cls_kd takes the first token for the class and the others for patches; the {side} "
-                    f"'{info.name}' has the prefix tokens: {', '.join(info.prefix) or 'none'}. Choose a ViT or DeiT "
-                    "with a class token alone, or method manifold"
+                    f"methods.cls_kd takes the first token for the class and the others for patches; the blocks of the "
+                    f"{side} '{info.name}' have the prefix tokens: {', '.join(info.block_prefix) or 'none'}. Choose a "
+                    "ViT or DeiT with a class token alone, or method manifold"
                 )
         return Needs(student=ours, teacher=theirs, batch_coupled=True)
 
@@ -94,7 +93,11 @@ class ClsKD(Method):
         super().__init__(cfg, student, teacher, parts)
         assert teacher is not None
         (self.tokens, width), (theirs, channels) = (next(iter(s.taps.values())) for s in (student, teacher))
-        _check_counts(self.tokens, theirs)
+        if self.tokens != theirs:
+            raise UserError(
+                f"methods.cls_kd compares token by token; the student's blocks have {self.tokens} and the teacher's "
+                f"{theirs} (choose image sizes or networks with equal grids)"
+            )
         self.widths = width + channels
         projects = (width != channels) if cfg.use_projector is None else cfg.use_projector
         if cfg.dim_match == "projector" and width != channels and not projects:
@@ -167,21 +170,6 @@ def adaptive_mean(losses: Tensor, factors: Tensor, detach: bool = False) -> Tens
     weights = losses.detach() if detach else losses
     shares = weights / weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
     return (factors * shares * losses).sum()
-
-
-def _check_counts(ours: int, theirs: int) -> None:
-    for side, count in (("student", ours), ("teacher", theirs)):
-        # one token beside a square grid never makes a square: such a count is the grid alone
-        if math.isqrt(count) ** 2 == count:
-            raise UserError(
-                f"methods.cls_kd: the {side}'s blocks have {count} tokens, its patches without a class token (as in "
-                "CaiT); choose a ViT or DeiT, or method manifold"
-            )
-    if ours != theirs:
-        raise UserError(
-            f"methods.cls_kd compares token by token; the student's blocks have {ours} and the teacher's {theirs} "
-            "(choose image sizes or networks with equal grids)"
-        )
 
 
 def _from_class(tokens: Tensor) -> tuple[Tensor, Tensor]:

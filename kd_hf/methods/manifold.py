@@ -91,8 +91,7 @@ class Manifold(Method):
         super().__init__(cfg, student, teacher, parts)
         assert teacher is not None
         ours, self.tokens = (next(iter(shapes.taps.values()))[0] for shapes in (student, teacher))
-        # the next larger grid of patches has 2 √N + 1 more: such a surplus is no prefix
-        if not 0 <= ours - self.tokens <= 2 * math.isqrt(self.tokens):
+        if not _equal_grids(ours, self.tokens, student.prefix, teacher.prefix):
             raise UserError(
                 f"methods.manifold compares token by token; the student's blocks have {ours} and the teacher's "
                 f"{self.tokens}. The student may have more prefix tokens, but the grids of patches must be equal "
@@ -120,6 +119,14 @@ class Manifold(Method):
         # a slice of everything would still be copied by the backward pass
         tokens = feature if feature.shape[1] == self.tokens else feature[:, -self.tokens :]
         return unit(merge_patches(tokens, self.merged) if self.merged else tokens)
+
+
+def _equal_grids(ours: int, theirs: int, prefix: int | None, prefix_t: int | None) -> bool:
+    """Whether sequences of tokens differ by the student's larger number of prefix tokens alone."""
+    if prefix is not None and prefix_t is not None:
+        return ours >= theirs and ours - prefix == theirs - prefix_t
+    # of squares the next larger one has 2 √N + 1 more: such a surplus is no prefix
+    return 0 <= ours - theirs <= 2 * math.isqrt(theirs)
 
 
 def block_taps(key: str, side: str, blocks: Sequence[int], info: ModelInfo) -> dict[str, str]:

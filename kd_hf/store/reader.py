@@ -180,7 +180,7 @@ class StoredTeacher:
     @property
     def shapes(self) -> Shapes:
         """Number of classes and shapes of the stored taps."""
-        return Shapes(self.facts.num_classes, self.facts.taps, self.info.width)
+        return Shapes(self.facts.num_classes, self.facts.taps, self.info.width, len(self.info.block_prefix))
 
     def describe(self) -> str:
         """One line for the log."""

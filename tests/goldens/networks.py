@@ -98,7 +98,7 @@ class NetworkCase:
             side: TappedModel(network, self.infos[side], self._taps(side, choices), two_heads and side == "student")
             for side, network in networks.items()
         }
-        shapes = {side: Shapes(self.infos[side].num_classes, tap_shapes(model, size)) for side, model in models.items()}
+        shapes = {side: self._shapes(side, tap_shapes(model, size)) for side, model in models.items()}
         values: dict[str, Tensor] = {}
         for side, model in models.items():
             self._watch(side, model, values)
@@ -119,6 +119,10 @@ class NetworkCase:
         draws = {term.name: self._draws(term, change) for term in self.terms}
         losses = module(pixels, teachers, self.golden.target(), draws)
         return Run(self.terms, losses, values, leaves)
+
+    def _shapes(self, side: str, taps: Mapping[str, tuple[int, ...]]) -> Shapes:
+        info = self.infos[side]
+        return Shapes(info.num_classes, taps, info.width, len(info.block_prefix))
 
     def _taps(self, side: str, choices: Sequence[Choice]) -> tuple[str, ...]:
         """What the methods read of a network, and what recorded features are made of."""

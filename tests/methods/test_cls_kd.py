@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,6 +150,13 @@ def test_small_differences_survive_autocast():
     torch.testing.assert_close(rough, expected, rtol=1e-4, atol=0)
 
 
+def test_grids_need_not_be_square():
+    """Three by five patches and a class token are sixteen, as many as a square of patches."""
+    shapes = {f"block:{index}": (16, 4) for index in (0, 1)}
+    method = build(ClsKD, student=shapes, teacher=shapes, student_blocks=[0, 1], teacher_blocks=[0, 1])
+    assert method.tokens == 16
+
+
 def test_what_cannot_serve_is_refused_with_the_reason():
     vit, config = tiny_vit("vit"), ClsKD.Config()
     with pytest.raises(UserError, match=r"methods\.cls_kd needs a teacher"):
@@ -155,12 +164,13 @@ def test_what_cannot_serve_is_refused_with_the_reason():
     with pytest.raises(UserError, match=r"methods\.cls_kd\.teacher_blocks: the teacher 'cnn' has no"):
         ClsKD.needs(config, vit, tiny_stages("cnn"))
     for prefix, words in ((("cls", "dist"), "cls, dist"), ((), "none")):
-        with pytest.raises(UserError, match=f"the student 'other' has the prefix tokens: {words}.*method manifold"):
+        with pytest.raises(UserError, match=f"of the student 'other' have the prefix tokens: {words}.*method manifold"):
             ClsKD.needs(config, tiny_vit("other", prefix=prefix), vit)
-    for counts, words in (((17, 10), "17 and the teacher's 10"), ((17, 16), "16 tokens, its patches without a class")):
-        shapes = [{"block:0": (count, 4)} for count in counts]
-        with pytest.raises(UserError, match=words):
-            build(ClsKD, student=shapes[0], teacher=shapes[1], student_blocks=[0], teacher_blocks=[0])
+    late = replace(vit, name="cait", block_prefix=())  # its class token is there, but joins behind these blocks
+    with pytest.raises(UserError, match="of the teacher 'cait' have the prefix tokens: none"):
+        ClsKD.needs(config, vit, late)
+    with pytest.raises(UserError, match="17 and the teacher's 10"):
+        build(ClsKD, student={"block:0": (17, 4)}, teacher={"block:0": (10, 4)}, student_blocks=[0], teacher_blocks=[0])
     with pytest.raises(UserError, match=r"methods\.cls_kd\.use_projector: .* width 4 and 6"):
         make(use_projector=False)
     with pytest.raises(ValidationError, match="set manifold: false"):

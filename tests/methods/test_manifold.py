@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from kd_hf.draws import Draws
 from kd_hf.errors import UserError
+from kd_hf.info import Shapes
 from kd_hf.methods.manifold import Manifold, merge_patches
 from kd_hf.outputs import Outputs, Target
 from kd_hf.testing import check_method, tiny_stages, tiny_vit
@@ -128,6 +129,16 @@ def test_other_prefix_tokens_keep_the_contract(student, teacher):
     check_method(Manifold, {}, student, teacher)
 
 
+@pytest.mark.parametrize(("ours", "theirs", "prefixes"), [(16, 15, (1, 0)), (17, 16, (2, 1)), (40, 16, (25, 1))])
+def test_grids_need_not_be_square(ours, theirs, prefixes):
+    one = Manifold.Config(student_blocks=[0], teacher_blocks=[0])
+    student, teacher = (
+        Shapes(7, {"block:0": (count, 4)}, prefix=prefix)
+        for count, prefix in zip((ours, theirs), prefixes, strict=True)
+    )
+    assert Manifold(one, student, teacher, {}).tokens == theirs
+
+
 def test_what_cannot_serve_is_refused_with_the_reason():
     vit, config = tiny_vit("vit"), Manifold.Config()
     with pytest.raises(UserError, match=r"methods\.manifold needs a teacher"):
@@ -139,5 +150,10 @@ def test_what_cannot_serve_is_refused_with_the_reason():
     for ours, theirs in ((9, 10), (26, 16)):
         with pytest.raises(UserError, match=f"{ours} and the teacher's {theirs}.*grids of patches must be equal"):
             make(ours, theirs)
+    one, taps = {"student_blocks": [0], "teacher_blocks": [0]}, "block:0"
+    for ours, theirs in ((16, 13), (13, 16)):  # grids of 3×5 and 3×4 with a class token each
+        with pytest.raises(UserError, match=f"{ours} and the teacher's {theirs}"):
+            shapes = (Shapes(7, {taps: (count, 4)}, prefix=1) for count in (ours, theirs))
+            Manifold(Manifold.Config(**one), *shapes, {})
     with pytest.raises(ValidationError, match="names 2 blocks and teacher_blocks 1"):
         Manifold.Config(student_blocks=[0, 1], teacher_blocks=[0])
