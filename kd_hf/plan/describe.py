@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 # training images of data sets that recipes name, so that steps are known without opening them
-_KNOWN_SIZES = {"ILSVRC/imagenet-1k": 1_281_167, "builtin:digits": 1_078}
+_KNOWN_SIZES = {"ILSVRC/imagenet-1k": 1_281_167, "uoft-cs/cifar100": 50_000, "builtin:digits": 1_078}
 
 
 def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
@@ -47,6 +47,9 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
     held = replace(parts, teachers={name: net for name, net in parts.teachers.items() if name not in stores})
     return {
         "recipe_hash": recipe_hash(recipe),
+        "cell": recipe.cell,
+        "published": recipe.published.model_dump() if recipe.published else None,
+        "published_plain": recipe.baseline if isinstance(recipe.baseline, float) else None,
         "networks": {name: _network(parts, name) | {"macs_per_image": cost.flops[name] // 2} for name in parts.views()},
         "classes_assumed": num_classes is None,
         "methods": {choice.name: _method(parts, choice) for choice in parts.choices},
@@ -161,7 +164,11 @@ def _method(parts: Assembly, choice: Choice) -> dict[str, Any]:
 
 def describe(plan: dict[str, Any]) -> str:
     """A plan as text for a person."""
-    lines = [f"recipe {plan['recipe_hash']}"]
+    lines = [f"recipe {plan['recipe_hash']}" + (f", cell {plan['cell']}" if plan["cell"] else "")]
+    if plan["published"]:
+        lines.append("published  {score:g} by {source}".format(**plan["published"]))
+    if plan["published_plain"] is not None:
+        lines.append(f"published  {plan['published_plain']:g} for the student without a teacher")
     for name, net in plan["networks"].items():
         lines.append(
             f"{name:10} {net['model']} ({net['library']}), {net['parameters'] / 1e6:.2f} M parameters, "

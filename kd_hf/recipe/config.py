@@ -430,6 +430,15 @@ class HubConfig(Block):
     whoever may read the repository sees them."""
 
 
+class PublishedConfig(Block):
+    """A score that was published for a run."""
+
+    score: float
+    """In the unit of the run's own score: top-1 in percent, or average precision."""
+    source: str
+    """Who published it."""
+
+
 class Recipe(Block):
     """A whole run. Read one with :func:`kd_hf.recipe.read.load_recipe`."""
 
@@ -440,6 +449,11 @@ class Recipe(Block):
     baseline: Literal["train"] | float | None = None
     """What the student is compared with: a known top-1 in percent, or `train`: the same student, data, seed and steps
     without teacher and methods (and without unlabelled images) is trained too."""
+    cell: str | None = None
+    """Which of the recipe's `cells` this is: named blocks of changes to the recipe, such as one for each method.
+    Several are laid over each other: `wttm+crd`."""
+    published: PublishedConfig | None = None
+    """What was published for this run; it is shown beside what is measured."""
     methods: dict[str, MethodBlock] = Field(default_factory=dict)
     """Losses by method name; `task` is the ordinary loss on labels and is there with weight 1 unless changed."""
     data: DataConfig

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from kd_hf.errors import UserError, nearest
+from kd_hf.recipe.cells import CELLS, with_cell
 from kd_hf.recipe.config import TASK, MethodBlock, Recipe
 from kd_hf.recipe.messages import explain
 from kd_hf.recipe.tree import Tree
@@ -52,10 +53,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         UserError: on anything wrong, naming file and line (or the override) and the nearest valid name.
     """
-    tree = _read_with_bases(Path(path), (), "")
+    above = Tree()
     for override in overrides:
-        tree.merge(_read_override(override))
-    return _validated(tree)
+        above.merge(_read_override(override))
+    return _validated(with_cell(_read_with_bases(Path(path), (), ""), above))
 
 
 def make_recipe(values: Mapping[str, Any], place: str) -> Recipe:
@@ -64,7 +65,7 @@ def make_recipe(values: Mapping[str, Any], place: str) -> Recipe:
     Raises:
         UserError: on anything wrong, with the nearest valid name.
     """
-    return _validated(Tree(copy.deepcopy(dict(values)), {(): place}))
+    return _validated(with_cell(Tree(copy.deepcopy(dict(values)), {(): place}), Tree()))
 
 
 def _validated(tree: Tree) -> Recipe:
@@ -156,11 +157,19 @@ def _read_file(path: Path, named_at: str) -> Tree:
         tree.values = _construct(node, (), tree.places, str(path))
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: an alias contains itself") from None
-    named = tree.values.get("teachers")
-    for block in [tree.values.get("teacher"), *(named.values() if isinstance(named, dict) else ())]:
-        if isinstance(block, dict) and isinstance(block.get("recipe"), str):  # files named in a file are relative to it
-            block["recipe"] = os.path.normpath(path.parent / block["recipe"])
+    cells = tree.values.get(CELLS)
+    for values in [tree.values, *(cells.values() if isinstance(cells, dict) else ())]:
+        if isinstance(values, dict):
+            _resolve_files(values, path.parent)
     return tree
+
+
+def _resolve_files(values: dict[str, Any], folder: Path) -> None:
+    """Recipes named in a file are relative to it."""
+    named = values.get("teachers")
+    for block in [values.get("teacher"), *(named.values() if isinstance(named, dict) else ())]:
+        if isinstance(block, dict) and isinstance(block.get("recipe"), str):
+            block["recipe"] = os.path.normpath(folder / block["recipe"])
 
 
 def _construct(node: yaml.Node, keys: Keys, places: dict[Keys, str], file: str) -> Any:

@@ -77,6 +77,7 @@ def recipe_hash(recipe: Recipe) -> str:
             del teacher["shard"]  # how a teacher is held in memory changes nothing it says
             teacher["store"] = teacher["store"] is not None  # wherever it lies, it must fit the recipe
     del values["data"]["hold"]
+    del values["cell"], values["published"]
     del values["baseline"], values["hub"], values["eval"]["report"], values["eval"]["report_samples"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -106,6 +107,12 @@ def recipe_schema() -> dict[str, Any]:
     }
     schema["properties"]["base"] = {"type": ["array", "string"], "items": {"type": "string"},
                                     "description": "Fragments that this recipe is laid over."}  # fmt: skip
+    changed = {key: value for key, value in schema["properties"].items() if key not in ("cell", "base")}
+    schema["properties"]["cells"] = {
+        "type": "object",
+        "description": "A table of runs: changes to this recipe, by name.",
+        "additionalProperties": {"type": "object", "properties": changed, "additionalProperties": False},
+    }
     schema["title"] = "kd_hf recipe"
     return schema
 

@@ -67,6 +67,8 @@ def plain_twin(recipe: Recipe) -> Recipe:
             "teacher": None,
             "teachers": {},
             "baseline": None,
+            "cell": None,
+            "published": None,
             "methods": kept,
             "data": recipe.data if recipe.data.boxes else recipe.data.model_copy(update={"unlabelled": "drop"}),
             "eval": recipe.eval.model_copy(update={"report": False}),

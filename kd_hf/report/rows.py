@@ -40,7 +40,13 @@ def rows(record: RunRecord) -> list[Row]:
         found.append(_student_row(record.plain, "plain student"))
     elif record.plain_score is not None:
         found.append(Row("plain student", "as published", record.plain_score, None, None))
-    return [*found, _student_row(record, student_name(record))]
+    found.append(_student_row(record, student_name(record)))
+    published = record.recipe.published
+    if published is None:
+        return found
+    # authors report the last epoch or the best one, and do not always say which
+    best = Row(student_name(record), "at its best evaluation", best_score(record), None, None)
+    return [*found, best, Row(student_name(record), f"as published by {published.source}", published.score, None, None)]
 
 
 def student_name(record: RunRecord) -> str:
@@ -60,6 +66,11 @@ def _teacher_row(record: RunRecord, name: str) -> Row:
     model = trained.name if trained else note.name if note else "?"
     seconds = own.last("train_seconds") if own else None
     return Row(name, model, record.last(f"eval_{name}_{record.score.key}"), note.parameters if note else None, seconds)
+
+
+def best_score(record: RunRecord) -> float | None:
+    """The highest score of all evaluations."""
+    return max((value for _, value in record.series(record.score.logged)), default=None)
 
 
 def student_score(record: RunRecord) -> float | None:

@@ -23,6 +23,15 @@ others are for ImageNet-1k, or CIFAR-100 where the name says so; detectors (ViDT
 Published numbers are top-1 in percent, average precision for detectors; a dash stands where nothing was published for
 these values. None has been measured with this code.
 """
+PAIRS = """
+# Pairs of networks with any method
+
+Here a recipe is a pair of networks, and each method a *cell* of it: `python -m kd_hf.train
+recipes/cifar100/resnet56_resnet20.yaml cell=dkd` trains one, `python -m kd_hf.plan` explains it with what was published
+for it, and the closing table shows both numbers. Cells are combined by `+` (`cell=wttm+crd`); their values are in
+`_base/cifar100_methods.yaml` and `_base/imagenet_methods.yaml`, and can be changed as any other. A dot stands where
+nothing was published for the cell, a dash where the pair has no such cell.
+"""
 COLUMNS = ("recipe", "student", "teacher", "losses", "published", "without", "images a step", "length")
 
 
@@ -72,6 +81,32 @@ def row(path: Path) -> tuple[str, ...]:
     )
 
 
+def pair_tables() -> str:
+    """What was published for the cells of every pair: a table of methods and pairs for each data set."""
+    text = PAIRS
+    for folder in ("cifar100", "imagenet"):
+        pairs = [path for path in sorted((FOLDER / folder).glob("*.yaml")) if cells_of(path)]
+        scores = {path: {name: (cell.get("published") or {}).get("score", "·") for name, cell in cells_of(path).items()}
+                  for path in pairs}  # fmt: skip
+        names = dict.fromkeys(name for path in pairs for name in scores[path])
+        head = ("cell", *(f"[{path.stem}]({folder}/{path.name})" for path in pairs))
+        rows = [head, ("---",) * len(head)]
+        rows += [(f"`{name}`", *(str(scores[path].get(name, "–")) for path in pairs)) for name in names]
+        text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return text
+
+
+def cells_of(path: Path) -> dict[str, dict]:
+    """The cells of a recipe, those of its fragments included; none where it is not a table of runs."""
+    cells: dict[str, dict] = {}
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for base in values.get("base", []):
+        cells |= cells_of(path.parent / base)
+    for name, cell in values.get("cells", {}).items():
+        cells[name] = {**(cells.get(name) or {}), **cell} if cell else cell
+    return {name: cell for name, cell in cells.items() if cell is not False}
+
+
 def _teacher(recipe: Recipe) -> list[str]:
     return [(cfg.model or Path(cfg.recipe or "").name).removeprefix("timm/") for cfg in recipe.all_teachers().values()]
 
@@ -79,7 +114,7 @@ def _teacher(recipe: Recipe) -> list[str]:
 def index() -> str:
     """The text of ``recipes/README.md``."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(path) for path in sorted(FOLDER.glob("*.yaml")))]
-    return INTRODUCTION + "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return INTRODUCTION + "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows) + pair_tables()
 
 
 if __name__ == "__main__":

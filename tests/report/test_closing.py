@@ -45,6 +45,19 @@ def test_distilled_student_beside_its_teacher(tmp_path):
     assert ("+4.63", "points over the plain student") in tiles(record)
 
 
+def test_what_was_published_stands_beside_what_was_measured(tmp_path):
+    made = recipe(tmp_path, {"teacher": TEACHER, "published": {"score": 72.5, "source": "them"}})
+    earlier = {"step": 1, "eval_top1": 73.25}
+    write_run(tmp_path, made, *run_lines(71.234)[:1], earlier, *run_lines(71.234)[1:])
+    rows = [row for row in finish_report(made).splitlines() if row.startswith("distilled student")]
+    measured = [[part for part in row.split("  ") if part.strip()][1:3] for row in rows]
+    assert [[cell.strip() for cell in row] for row in measured] == [
+        ["test_vit", "71.23"],
+        ["at its best evaluation", "73.25"],
+        ["as published by them", "72.50"],
+    ]
+
+
 def test_twin_and_trained_teacher_are_read_from_their_own_runs(tmp_path):
     started = {"step": 0, "models": {"student": {"name": "big_net", "parameters": 9}}}
     write_run(tmp_path / "teacher", recipe(tmp_path / "teacher"), started, {"step": 1, "train_seconds": 77})
