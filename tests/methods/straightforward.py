@@ -302,3 +302,96 @@ def crd(student, teacher, embeddings, banks, chosen):
     """Both losses of CRD's first step, as a sum: of each side's embedding against the other side's bank."""
     ours, theirs = (F.normalize(layer(x), dim=1) for layer, x in zip(embeddings, (student, teacher), strict=True))
     return contrast(ours, banks[1], chosen) + contrast(theirs, banks[0], chosen)
+
+
+def ttm(student, teacher, gamma, weighted=False):
+    """Divergence from the teacher's probabilities to a power; `weighted` by the power's sum (WTTM)."""
+    powers = F.softmax(teacher, dim=1) ** gamma
+    total = powers.sum(1, keepdim=True)
+    q, log_p = powers / total, F.log_softmax(student, dim=1)
+    found = (q * (q.log() - log_p)).sum(1)
+    return (total[:, 0] * found if weighted else found).mean()
+
+
+def mlkd(student, teacher, strong_student, strong_teacher, temperature=1.0, executed=False):
+    """Samples, classes and batches at five temperatures, as a sum, from logits of two views."""
+    certain = F.softmax(teacher, dim=1)
+    masks = [each <= each.median() if len(each) % 2 else each <= each.sort().values[len(each) // 2 - 1 :][:2].mean()
+             for each in (certain.max(1).values, certain.sum(0))]  # fmt: skip
+    unsure, rare = (mask.to(student.dtype).mean() if executed else mask.to(student.dtype) for mask in masks)
+    total = 0.0
+    for place, tau in enumerate((temperature, 3.0, 5.0, 2.0, 6.0)):
+        log_p, q = F.log_softmax(student / tau, dim=1), F.softmax(teacher / tau, dim=1)
+        weak = (q * (q.log() - log_p)).sum(1)
+        log_p_strong, q_strong = F.log_softmax(strong_student / tau, dim=1), F.softmax(strong_teacher / tau, dim=1)
+        strong = weak if executed and place > 2 else (q_strong * (q_strong.log() - log_p_strong)).sum(1)
+        p = log_p.exp()
+        classes = ((p.T @ p - q.T @ q) ** 2).sum(1) / p.shape[1]
+        batch = ((p @ p.T - q @ q.T) ** 2).sum(1) / len(p)
+        total = total + tau**2 * ((unsure * weak).mean() + strong.mean()) + (rare * classes).sum()
+        total = total + (unsure * batch).sum()
+    return total
+
+
+def regions(feature, classifier, scales=(1, 2, 4)):
+    """Logits ``[B, R, K]`` of every region's own vector; larger regions are pooled from the 4×4 grid."""
+    cells = F.adaptive_avg_pool2d(feature, 4)
+    vectors = torch.cat([F.adaptive_avg_pool2d(cells, scale).flatten(2) for scale in scales], dim=2)
+    return classifier(vectors.transpose(1, 2))
+
+
+def sdd(student, teacher, label, temperature=4.0, alpha=1.0, beta=8.0):
+    """DKD of every region's logits ``[B, R, K]``, twice where the teacher is right about one of region and whole."""
+    right = teacher.argmax(2) == label[:, None]
+    total = 0.0
+    for place in range(student.shape[1]):
+        for row in range(len(student)):
+            pair = student[row, place][None], teacher[row, place][None]
+            weight = 2.0 if right[row, place] != right[row, 0] else 1.0
+            total = total + weight * dkd(*pair, label[row : row + 1], temperature, alpha, beta)
+    return total / (student.shape[0] * student.shape[1])
+
+
+def ofa(student, teacher, label, eps, temperature=1.0):
+    """Cross-entropy with the teacher's probabilities, of which the label's is made more of."""
+    p, q = (F.softmax(logits / temperature, dim=1) for logits in (student, teacher))
+    hit = F.one_hot(label, p.shape[1])
+    return -(((q + hit) ** eps - hit) * p.log()).sum(1).mean()
+
+
+def ofd(students, teachers, connectors, margins):
+    """Squared distances where the student is above the margin or the teacher above 0, with factors 1, 1/2, 1/4, …"""
+    total, last = 0.0, len(students) - 1
+    for place, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        ours = connectors[place](student)
+        goal = F.adaptive_avg_pool2d(teacher, ours.shape[2:])
+        goal, seen = torch.maximum(goal, margins[place].view(1, -1, 1, 1)), goal > 0
+        counted = ((ours > goal) | seen).to(ours.dtype)
+        total = total + (counted * (ours - goal) ** 2).sum() / len(ours) / 2 ** (last - place)
+    return total
+
+
+def hierarchical(feature, goal):
+    """ReviewKD's distance: of the maps, and of both pooled to 4, 2 and 1 cells a side."""
+    total, weights, weight = F.mse_loss(feature, goal), 1.0, 1.0
+    for cells in (4, 2, 1):
+        if cells < feature.shape[2]:
+            weight /= 2
+            total = total + weight * F.mse_loss(*(F.adaptive_avg_pool2d(map_, cells) for map_ in (feature, goal)))
+            weights += weight
+    return total / weights
+
+
+def reviewkd(students, teachers, levels):
+    """The distances of all levels, as a sum; the features are pooled vectors first, then maps from the last one on."""
+    total, review = 0.0, None
+    for student, teacher, level in zip(students, teachers, levels, strict=True):
+        student, teacher = (x[:, :, None, None] if x.ndim == 2 else x for x in (student, teacher))
+        fused = level.reduce(student)
+        if review is not None:
+            review = F.interpolate(review, fused.shape[2:], mode="nearest")
+            gates = level.gate(torch.cat([fused, review], dim=1)).sigmoid()
+            fused = fused * gates[:, 0, None] + review * gates[:, 1, None]
+        review = F.interpolate(fused, teacher.shape[2:], mode="nearest")
+        total = total + hierarchical(level.expand(review), teacher)
+    return total

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from kd_hf.methods.base import Method
 from kd_hf.methods.vid import log_scale_of
-from kd_hf.outputs import Outputs
-from tests.goldens.case import Case, Run, TensorCase
-from tests.goldens.layout import LOSS, NO_CHANGE, Layout, Output, Term, constant
+from tests.goldens.case import Case, NormedCase, Run, TensorCase
+from tests.goldens.layout import LOSS, NO_CHANGE, Layout, Output, constant
 from tests.goldens.record import Golden
 
 STAGES = range(1, 8)
@@ -41,20 +39,6 @@ LAYOUTS = {
 }
 
 
-class StatefulCase(TensorCase):
-    """A case whose method changes buffers in a step: ``out/after/…`` is what they hold after it."""
-
-    def run(self, change: Output = NO_CHANGE) -> Run:
-        """As every case; further the method's buffers after the step."""
-        run = super().run(change)
-        buffers = {name: buffer.clone() for name, buffer in self.built.named_buffers()}
-        return replace(run, values={**run.values, **{f"after/{name}": value for name, value in buffers.items()}})
-
-    def _build(self, term: Term, change: Output, student: Outputs, teacher: Outputs) -> Method:
-        self.built = super()._build(term, change, student, teacher)
-        return self.built
-
-
 class VIDCase(TensorCase):
     """A case of VID, with what its variances start from."""
 
@@ -65,7 +49,7 @@ class VIDCase(TensorCase):
 
 
 def _open_fitnet(golden: Golden) -> Case:
-    return StatefulCase(golden, LAYOUTS["fitnet"])
+    return NormedCase(golden, LAYOUTS["fitnet"])
 
 
 def _open_vid(golden: Golden) -> Case:
