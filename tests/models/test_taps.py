@@ -42,7 +42,7 @@ def test_plain_timm_networks_agree_with_timm_itself(name):
     outputs = model(x)
     features, maps = network.forward_intermediates(x)
     assert same(outputs.logits, network(x)) and outputs.dist_logits is None
-    assert info.depth == len(maps) and len(info.prefix) == (getattr(network, "num_prefix_tokens", 0) or 0)
+    assert info.depth == len(maps) and len(info.prefix) == features.shape[1] - maps[-1][0, 0].numel()
     for index, expected in enumerate(maps):
         block = outputs.taps[f"block:{index}"][:, len(info.block_prefix) :]
         assert same(block, expected.flatten(2).transpose(1, 2))
