@@ -191,10 +191,10 @@ def write_table(path):
 
 
 def test_teacher_below_its_gate_leaves_nothing_trained(folder, complaint):
-    gate = ["teacher.gate.enabled=true", "teacher.gate.min_top1=99.5"]
+    gate = ["teacher.gate.enabled=true", "teacher.gate.min_score=99.5"]
     line = complaint(train_command, "recipe.yaml", *gate)
     assert "'teacher'" in line
-    assert "gate.min_top1 = 99.5" in line
+    assert "gate.min_score = 99.5" in line
     assert nothing_trained(folder / "out")
 
 

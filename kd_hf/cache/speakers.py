@@ -186,7 +186,7 @@ class Speakers:
         if any(teacher.cfg.gate.enabled for teacher in self.teachers.values()):
             held_out = open_source(self.recipe.data, "eval", self.recipe.train.seed)
             names = self.source.class_names
-            pass_gate(self.teachers, self.views, names, held_out, self.accelerator, self.recipe, tell)
+            pass_gate(self.teachers, self.views, names, held_out, self.accelerator, self.parts.task, tell)
         return found
 
     def rows(self, said: Mapping[str, Outputs], top_k: Mapping[str, int]) -> dict[str, np.ndarray]:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_hf.errors import UserError, nearest
+from kd_hf.tasks.score import greater_is_better
 
 if TYPE_CHECKING:
     from kd_hf.run.record import RunRecord
-
-_LOWER_IS_BETTER = ("loss", "nll", "ece", "brier", "kl")  # loss parts, `<block>/<part>`, too
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Compared:
     @property
     def best(self) -> float | None:
         """The best value of the metric at any step."""
-        choose = min if lower_is_better(self.metric) else max
+        choose = max if greater_is_better(self.metric) else min
         return choose((value for _, value in self.series), default=None)
 
     @property
@@ -70,7 +69,8 @@ class Compared:
         """How much better the run's value is than the plain student's; negative when worse."""
         if self.value is None or self.plain is None:
             return None
-        return self.plain - self.value if lower_is_better(self.metric) else self.value - self.plain
+        gain = self.value - self.plain
+        return gain if greater_is_better(self.metric) else -gain
 
     @property
     def step(self) -> int:
@@ -149,11 +149,6 @@ class SeedGroup:
     value: Spread | None
     plain: Spread | None
     gain: Spread | None
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether less of a logged number is better: losses and calibration errors."""
-    return "/" in metric or metric.rpartition("_")[2] in _LOWER_IS_BETTER
 
 
 def exported_value(record: RunRecord, metric: str) -> float | None:
@@ -254,7 +249,7 @@ def _flat_recipe(record: RunRecord, exclude_defaults: bool = False) -> dict[str,
         name: {
             "weight": weight if isinstance(weight, float) else weight_text(weight),
             **block.model_dump(mode="json", include=own, exclude_defaults=exclude_defaults),
-            **get_method(record.recipe.method_of(name))
+            **get_method(record.recipe.method_of(name), record.recipe.task)
             .Config.model_validate(block.options)
             .model_dump(mode="json", exclude_defaults=exclude_defaults),
         }

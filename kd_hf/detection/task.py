@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from kd_hf.data.loader import BatchLoader
 from kd_hf.data.source import Split
@@ -30,7 +31,9 @@ from kd_hf.metrics.predictions import Predictions
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.taps import Tapped
 from kd_hf.recipe.config import BoxAugment, Recipe
-from kd_hf.tasks.base import GateResult, Task
+from kd_hf.recipe.resolved import flat
+from kd_hf.tasks.base import GateResult, Task, Words
+from kd_hf.tasks.score import AP
 
 _GUESSING = 0.5  # average precision in percent that a network without knowledge does not reach
 _SMOKE = {"sizes": (320,), "max_size": 480, "crop": 0.0, "eval_size": 320}
@@ -39,14 +42,19 @@ _SMOKE = {"sizes": (320,), "max_size": 480, "crop": 0.0, "eval_size": 320}
 class Detection(Task):
     """Boxes and their classes."""
 
-    metric, pipeline_tag = "ap", "object-detection"
+    pipeline_tag, score = "object-detection", AP
+    pictures = "kd_hf.report.detections:add_detectors"
+    words = Words(
+        "An object detector",
+        "precision",
+        "It knows the classes of {data} only: other things are not found, or taken for one of them.",
+    )
+    fixed_size = False
     unused_parameters = True  # embeddings of classes and of denoising, where a batch has no object of theirs
 
-    def open_images(
-        self, recipe: Recipe, split: Split, dataset: Any = None, classes: Sequence[str] | None = None
-    ) -> BoxSource:
+    def open_images(self, split: Split, dataset: Any = None, classes: Sequence[str] | None = None) -> BoxSource:
         """See :class:`Task`."""
-        data, boxes = recipe.data, recipe.data.boxes
+        data, boxes = self.recipe.data, self.recipe.data.boxes
         if dataset is None:
             return open_boxes(data, split, boxes, classes)
         if isinstance(dataset, BoxSource):
@@ -73,17 +81,17 @@ class Detection(Task):
         """See :class:`Task`."""
         return TappedDetector(model, info, taps)
 
-    def tap_shapes(self, model: Any, recipe: Recipe, image_size: int) -> dict[str, tuple[int, ...]]:
+    def tap_shapes(self, model: Any, image_size: int) -> dict[str, tuple[int, ...]]:
         """See :class:`Task`."""
-        return tap_shapes(model, _frame(recipe))
+        return tap_shapes(model, _frame(self.recipe))
 
-    def pretend(self, model: Any, recipe: Recipe, image_size: int, count: int) -> None:
+    def pretend(self, model: Any, image_size: int, count: int) -> None:
         """See :class:`Task`."""
-        pretend(model, _frame(recipe), count)
+        pretend(model, _frame(self.recipe), count)
 
-    def example(self, view: Preprocessing, recipe: Recipe, device: torch.device) -> Images:
+    def example(self, view: Preprocessing, device: torch.device) -> Images:
         """See :class:`Task`."""
-        height, width = _frame(recipe)
+        height, width = _frame(self.recipe)
         mask = torch.zeros(1, height, width, dtype=torch.bool, device=device)
         return Images(torch.randn(1, 3, height, width, device=device), mask)
 
@@ -98,26 +106,31 @@ class Detection(Task):
                 f"student.num_classes is {student.num_classes}, but {source.describe()} has {source.told_classes()}"
             )
 
-    def named(self, student: ModelHandle, class_names: Sequence[str], recipe: Recipe) -> ModelHandle:
+    def named(self, student: ModelHandle, class_names: Sequence[str]) -> ModelHandle:
         """See :class:`Task`; the image processor gives images the size that evaluation does."""
-        facts, augment = student.info.preprocessing, _augment(recipe)
+        facts, augment = student.info.preprocessing, _augment(self.recipe)
         processor = image_processor(student, facts.mean, facts.std, augment.eval_size, augment.max_size)
-        return replace(super().named(student, class_names, recipe), image_processor=processor)
+        return replace(super().named(student, class_names), image_processor=processor)
 
-    def batches(
-        self, source: BoxSource, recipe: Recipe, views: Mapping[str, Preprocessing], **position: Any
-    ) -> BatchLoader[Any]:
+    def batches(self, source: BoxSource, views: Mapping[str, Preprocessing], **position: Any) -> BatchLoader[Any]:
         """See :class:`Task`."""
-        return train_loader(source, recipe.data, views, augment=_augment(recipe), **position)
+        return train_loader(source, self.recipe.data, views, augment=_augment(self.recipe), **position)
 
     def stage(self, source: BoxSource, views: Mapping[str, Preprocessing], student: ModelInfo) -> BoxStage:
         """See :class:`Task`."""
         return BoxStage(views, outputs_of_classes(source.class_names, student.num_classes))
 
-    def evaluator(self, *run: Any) -> BoxEvaluator:
+    def evaluator(
+        self,
+        students: Mapping[str, nn.Module],
+        view: Preprocessing,
+        teachers: Mapping[str, Teacher],
+        source: BoxSource,
+        accelerator: Accelerator,
+    ) -> BoxEvaluator:
         """See :class:`Task`."""
-        students, view, teachers, source, accelerator, recipe = run
-        return BoxEvaluator(students, view, teachers, source, accelerator, recipe, _augment(recipe))
+        named: Mapping[str, Any] = teachers  # whose calls give what detectors predict
+        return BoxEvaluator(students, view, named, source, accelerator, self.recipe, _augment(self.recipe))
 
     def predictions(self) -> Predictions:
         """See :class:`Task`."""
@@ -129,7 +142,6 @@ class Detection(Task):
         fed: Mapping[str, Preprocessing],
         source: BoxSource,
         accelerator: Accelerator,
-        recipe: Recipe,
     ) -> list[GateResult]:
         """See :class:`Task`; networks of other classes than the data's are not measured."""
         results = []
@@ -143,16 +155,32 @@ class Detection(Task):
                 {key: BoxSubject(run, view) for key, view in views.items()},
                 source,
                 accelerator,
-                batch_size=eval_batch_size(recipe.train),
-                augment=_augment(recipe),
-                workers=recipe.train.dataloader_num_workers,
+                batch_size=eval_batch_size(self.recipe.train),
+                augment=_augment(self.recipe),
+                workers=self.recipe.train.dataloader_num_workers,
                 max_samples=teacher.cfg.gate.samples,
             )
             ap = {key: values.get("ap", 0.0) for key, values in found.items()}
-            size = _augment(recipe).eval_size
+            size = _augment(self.recipe).eval_size
             samples = int(found["own"]["samples"])
             results.append(GateResult(name, samples, ap["own"], ap.get("fed", ap["own"]), size, size, "AP", _GUESSING))
         return results
+
+    def drawn(self, strong: bool = False) -> list[str]:
+        """See :class:`Task`."""
+        augment = _augment(self.recipe)
+        drawn = {"flip": augment.hflip > 0, "crop": augment.crop > 0, "size": len(augment.sizes) > 1}
+        return [name for name, is_drawn in drawn.items() if is_drawn]
+
+    def augmentation(self) -> dict[str, Any]:
+        """See :class:`Task`."""
+        augment = _augment(self.recipe)
+        main = {"hflip": augment.hflip, "crop": augment.crop}
+        return main | flat(augment.model_dump(mode="json", exclude_defaults=True))
+
+    def size_of(self, view: Preprocessing) -> dict[str, int]:
+        """Of detectors the shortest side in evaluation; see :class:`Task`."""
+        return {"shortest_side": _augment(self.recipe).eval_size}
 
 
 def _augment(recipe: Recipe) -> BoxAugment:

@@ -21,7 +21,8 @@ from kd_hf.models.taps import Tapped
 from kd_hf.recipe.config import ModelConfig, Recipe, StudentConfig, TeacherConfig
 from kd_hf.recipe.variants import GIVEN_NETWORK
 from kd_hf.store.reader import StoredTeacher
-from kd_hf.tasks import task_of
+from kd_hf.tasks import open_task
+from kd_hf.tasks.base import Task
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Assembly:
     tapped_teachers: dict[str, Tapped]
     choices: tuple[Choice, ...]
     module: DistillModule
+    task: Task
     shapes: dict[str, Shapes]  # by model name ("student" or the teacher's), taps by tap name
     stored: dict[str, StoredTeacher] = field(default_factory=dict)  # teachers of which only the outputs are there
 
@@ -51,7 +53,12 @@ class Assembly:
 
     def shown(self) -> dict[str, Preprocessing]:
         """The views of a training step: those of all networks, twice where a loss compares two of each image."""
-        return with_strong(self.views()) if any(choice.needs.strong for choice in self.choices) else self.views()
+        return with_strong(self.views()) if self.needs_strong else self.views()
+
+    @property
+    def needs_strong(self) -> bool:
+        """Whether a method looks at a second, strongly augmented view of every image."""
+        return any(choice.needs.strong for choice in self.choices)
 
     def config_of(self, name: str) -> ModelConfig:
         """The recipe's block of a network."""
@@ -73,6 +80,7 @@ def assemble(
     device: str | torch.device = "cpu",
     given: Mapping[str, ModelHandle] | None = None,
     samples: Samples | None = None,
+    task: Task | None = None,
 ) -> Assembly:
     """Build networks and methods.
 
@@ -82,31 +90,32 @@ def assemble(
         device: "meta" builds shapes only, without memory or weights.
         given: networks that exist already, by name; the recipe's block of one says only how it is used.
         samples: the training images, for methods that keep something of each; without, such a method cannot train.
+        task: the recipe's, where it is open already.
     """
-    seed, task = recipe.train.seed, task_of(recipe)
+    seed, task = recipe.train.seed, task or open_task(recipe)
     torch.manual_seed(hash_key(seed, "student") & 0x7FFFFFFFFFFFFFFF)
     alive = given or {}
     classes = recipe.student.num_classes or num_classes
-    student = alive.get("student") or load_network(recipe.student, recipe, classes, device)
+    student = alive.get("student") or load_network(recipe.student, task, classes, device)
     blocks = recipe.all_teachers()
     stored = {name: StoredTeacher.open(name, cfg) for name, cfg in blocks.items() if cfg.store}
     teachers = {
-        name: alive.get(name) or load_network(cfg, recipe, cfg.num_classes, device)
+        name: alive.get(name) or load_network(cfg, task, cfg.num_classes, device)
         for name, cfg in blocks.items()
         if name not in stored
     }
     infos = {name: (stored.get(name) or teachers[name]).info for name in blocks}
-    choices = choose_methods(recipe, student.info, infos)
+    choices = choose_methods(task, student.info, infos)
     check_methods(choices, stored)
     dist_head = any(choice.needs.dist_head for choice in choices)
     tapped = task.tapped(student, student.info, taps_of(choices), dist_head)
-    shapes = {"student": _shapes(tapped, student.info, recipe.student, recipe)}
+    shapes = {"student": _shapes(tapped, student.info, recipe.student, task)}
     shapes |= {name: teacher.shapes for name, teacher in stored.items()}
     parts: dict[str, Mapping[str, nn.Module]] = {name: {} for name in stored}
     tapped_teachers = {}
     for name, handle in teachers.items():
         tapped_teachers[name] = task.tapped(handle, handle.info, taps_of(choices, name))
-        shapes[name] = _shapes(tapped_teachers[name], handle.info, blocks[name], recipe)
+        shapes[name] = _shapes(tapped_teachers[name], handle.info, blocks[name], task)
         needed = {part for choice in choices if choice.teacher == name for part in choice.needs.parts}
         parts[name] = {part: live_part(handle, part) for part in sorted(needed)}
     own = {part: live_part(student, part) for choice in choices for part in choice.needs.student_parts}
@@ -116,11 +125,11 @@ def assemble(
     if recipe.train.activation_checkpointing:
         enable_checkpointing(student.network)
     module = DistillModule(tapped, methods, choices)
-    return Assembly(recipe, student, teachers, tapped_teachers, choices, module, shapes, stored)
+    return Assembly(recipe, student, teachers, tapped_teachers, choices, module, task, shapes, stored)
 
 
 def load_network(
-    cfg: StudentConfig | TeacherConfig, recipe: Recipe, num_classes: int | None, device: str | torch.device = "cpu"
+    cfg: StudentConfig | TeacherConfig, task: Task, num_classes: int | None, device: str | torch.device = "cpu"
 ) -> ModelHandle:
     """Load the network of one block of a recipe; with random weights on the meta device."""
     if cfg.model is None:
@@ -131,11 +140,11 @@ def load_network(
     body = getattr(cfg, "body", None) if cfg.pretrained and not cfg.weights else None
     pretrained = cfg.pretrained and (body is not None or str(device) != "meta")
     elsewhere = cfg.weights if pretrained else None  # its files say what the network is made of
-    return task_of(recipe).load(
+    return task.load(
         elsewhere or cfg.model,
         pretrained=pretrained,
         num_classes=num_classes,
-        image_size=_image_size(cfg, recipe),
+        image_size=_image_size(cfg, task.recipe),
         revision=cfg.revision,
         kwargs={} if elsewhere else cfg.kwargs,
         drop_path=getattr(cfg, "drop_path", None),
@@ -147,6 +156,6 @@ def load_network(
     )
 
 
-def _shapes(model: Tapped, info: ModelInfo, cfg: ModelConfig, recipe: Recipe) -> Shapes:
-    taps = task_of(recipe).tap_shapes(model, recipe, view_of(info, cfg, recipe).image_size)
+def _shapes(model: Tapped, info: ModelInfo, cfg: ModelConfig, task: Task) -> Shapes:
+    taps = task.tap_shapes(model, view_of(info, cfg, task.recipe).image_size)
     return Shapes(info.num_classes, taps, info.width, len(info.block_prefix))

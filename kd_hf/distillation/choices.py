@@ -11,9 +11,9 @@ from kd_hf.errors import UserError, nearest
 from kd_hf.info import ModelInfo
 from kd_hf.methods import get_method
 from kd_hf.methods.base import Method, MethodConfig, Needs
-from kd_hf.recipe.config import TASK, DataConfig, MethodBlock, Recipe
+from kd_hf.recipe.config import TASK, DataConfig, MethodBlock
 from kd_hf.recipe.schedule import Duration, Ramp, Weight, weight_at
-from kd_hf.tasks import task_of
+from kd_hf.tasks.base import Task
 
 if TYPE_CHECKING:
     from kd_hf.store.reader import StoredTeacher
@@ -42,14 +42,15 @@ class Choice:
         return self.until is not None or (isinstance(self.weight, Ramp) and self.weight.touches_zero)
 
 
-def choose_methods(recipe: Recipe, student: ModelInfo, teachers: Mapping[str, ModelInfo]) -> tuple[Choice, ...]:
+def choose_methods(task: Task, student: ModelInfo, teachers: Mapping[str, ModelInfo]) -> tuple[Choice, ...]:
     """Resolve the recipe's methods for these networks; `task` is added unless the recipe speaks of it.
 
     Raises:
         UserError: when a network lacks a tap, a teacher is missing, or the data's labels do not serve a method.
     """
+    recipe = task.recipe
     blocks = {TASK: MethodBlock(), **recipe.methods}
-    choices = [_choose(recipe, name, block, student, teachers) for name, block in blocks.items()]
+    choices = [_choose(task, name, block, student, teachers) for name, block in blocks.items()]
     active = tuple(choice for choice in choices if choice.weight != 0)
     if not active:
         raise UserError("methods: every weight is 0, so there is nothing to train")
@@ -59,10 +60,8 @@ def choose_methods(recipe: Recipe, student: ModelInfo, teachers: Mapping[str, Mo
     return active
 
 
-def _choose(
-    recipe: Recipe, name: str, block: MethodBlock, student: ModelInfo, teachers: Mapping[str, ModelInfo]
-) -> Choice:
-    task, method = task_of(recipe), get_method(recipe.method_of(name))
+def _choose(task: Task, name: str, block: MethodBlock, student: ModelInfo, teachers: Mapping[str, ModelInfo]) -> Choice:
+    method = get_method(task.recipe.method_of(name), task.recipe.task)
     config = method.Config.model_validate(block.options)
     teacher = block.teacher or (next(iter(teachers)) if len(teachers) == 1 else None)
     taught = teachers.get(teacher) if teacher else None

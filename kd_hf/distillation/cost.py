@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_hf.distillation.assembly import Assembly
 from kd_hf.models.taps import Tapped
 from kd_hf.recipe.config import TrainConfig
-from kd_hf.tasks import task_of
 
 GIB = 2**30
 # tensors of a parameter's size that an optimiser keeps; others are taken as Adam-like
@@ -48,9 +47,9 @@ def step_cost(parts: Assembly) -> StepCost:
     """Count a step of one image; `parts` must be on the meta device."""
     flops = {name: _network_flops(parts, name, model) for name, model in _networks(parts).items()}
     methods = {name: 2 * method.cost().macs for name, method in parts.module.named_methods()}
-    student, size, task = parts.module.student, parts.views()["student"].image_size, task_of(parts.recipe)
+    student, size, task = parts.module.student, parts.views()["student"].image_size, parts.task
     # at batch 2 for BatchNorm's sake
-    saved = _saved_bytes(student, partial(task.pretend, student, parts.recipe, size, 2)) // 2
+    saved = _saved_bytes(student, partial(task.pretend, student, size, 2)) // 2
     double = [choice.teacher for choice in parts.choices if choice.needs.strong]
     twice = frozenset(("student", *(name for name in double if name))) if double else frozenset[str]()
     return StepCost(flops, methods, saved * (2 if twice else 1), twice)
@@ -76,7 +75,7 @@ def _networks(parts: Assembly) -> dict[str, Tapped]:
 def _network_flops(parts: Assembly, name: str, model: Tapped) -> int:
     """Of one image; the `model` is that network of the parts, or a copy of it, on the meta device."""
     size = parts.views()[name].image_size
-    return _forward_flops(model, partial(task_of(parts.recipe).pretend, model, parts.recipe, size, 1))
+    return _forward_flops(model, partial(parts.task.pretend, model, size, 1))
 
 
 def _without_weights(model: Tapped) -> Tapped:

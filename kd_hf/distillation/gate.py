@@ -11,8 +11,7 @@ from kd_hf.distillation.teacher import Teacher
 from kd_hf.errors import UserError
 from kd_hf.info import Preprocessing
 from kd_hf.models.handle import ModelHandle
-from kd_hf.recipe.config import Recipe
-from kd_hf.tasks import task_of
+from kd_hf.tasks.base import Task
 
 
 def check_label_order(name: str, handle: ModelHandle, class_names: Sequence[str]) -> None:
@@ -33,7 +32,7 @@ def pass_gate(
     class_names: Sequence[str],
     source: Any,
     accelerator: Accelerator,
-    recipe: Recipe,
+    task: Task,
     tell: Callable[[str, Mapping[str, Any]], None],
 ) -> None:
     """Measure the teachers whose gate is enabled, and refuse one that is below it; a call of all ranks.
@@ -44,7 +43,7 @@ def pass_gate(
         class_names: of the data.
         source: held-out images.
         accelerator: gives device and ranks.
-        recipe: the run.
+        task: of the run.
         tell: called with a line for a person and the numbers for the log.
 
     Raises:
@@ -53,9 +52,9 @@ def pass_gate(
     gated = {name: teacher for name, teacher in teachers.items() if teacher.cfg.gate.enabled}
     for name, teacher in gated.items():
         check_label_order(name, teacher.handle, class_names)
-    task, metric = task_of(recipe), task_of(recipe).metric
-    for result in task.measure_teachers(gated, views, source, accelerator, recipe):
+    metric = task.score.key
+    for result in task.measure_teachers(gated, views, source, accelerator):
         warning = result.warning()
         numbers = {"step": 0, "gate": result.teacher, metric: result.own, f"{metric}_as_fed": result.fed}
         tell(result.describe() + (f"\nwarning: {warning}" if warning else ""), numbers)
-        result.check(gated[result.teacher].cfg.gate, f"min_{metric}")
+        result.check(gated[result.teacher].cfg.gate)

@@ -8,41 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kd_hf.distillation.assembly import Assembly
     from kd_hf.distillation.choices import Choice
-    from kd_hf.info import Preprocessing
-    from kd_hf.recipe.config import BoxAugment, Recipe
-
-
-def random_text(parts: Assembly) -> list[str]:
-    """What is drawn for every image."""
-    from kd_hf.data.geometry import takes_jitter
-
-    recipe = parts.recipe
-    if recipe.data.boxes is not None:
-        return _random_boxes(recipe.data.boxes.augment)
-    augment = recipe.data.augment
-    drawn = {
-        "crop": augment.crop.kind != "resize",
-        "flip": augment.hflip > 0,
-        str(augment.auto_augment): bool(augment.auto_augment),
-        "colour": augment.color_jitter > 0 and takes_jitter(augment.auto_augment),
-        "erasing": augment.erasing > 0,
-        "mixup": augment.mixup > 0,
-        "cutmix": augment.cutmix > 0,
-        f"a second view ({augment.strong.describe()})": any(choice.needs.strong for choice in parts.choices),
-    }
-    return [name for name, is_drawn in drawn.items() if is_drawn]
-
-
-def _random_boxes(augment: BoxAugment) -> list[str]:
-    """What is drawn for every image with boxes."""
-    drawn = {"flip": augment.hflip > 0, "crop": augment.crop > 0, "size": len(augment.sizes) > 1}
-    return [name for name, is_drawn in drawn.items() if is_drawn]
-
-
-def size_of(recipe: Recipe, view: Preprocessing) -> dict[str, int]:
-    """What is known of the images' pixels: both sides, or of detectors the shortest one in evaluation."""
-    boxes = recipe.data.boxes
-    return {"image_size": view.image_size} if boxes is None else {"shortest_side": boxes.augment.eval_size}
 
 
 def shown_size(facts: Mapping[str, Any]) -> str:
@@ -65,13 +30,13 @@ def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
     lines = [
         *(
             f"{name:8} {info.name} ({info.parameters / 1e6:.2f} M parameters"
-            + (f", {shown_size(size_of(recipe, views[name]))})" if name in views else ")")
+            + (f", {shown_size(parts.task.size_of(views[name]))})" if name in views else ")")
             for name, info in networks.items()
         ),
         *(f"{name:8} {teacher.describe()}" for name, teacher in parts.stored.items()),
         f"losses   {', '.join(losses)}",
         f"data     {data['train']}",
-        f"random   {', '.join(random_text(parts)) or 'nothing'}",
+        f"random   {', '.join(parts.task.drawn(parts.needs_strong)) or 'nothing'}",
         f"held out {data['eval']}",
         f"steps    {steps}",
         f"optim    {train.optim}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from kd_hf.files import atomic_folder, write_text
 from kd_hf.hub.metadata import BESIDE, card_data, in_billions, read_config, result_entries, student_metrics
 from kd_hf.hub.programs import program
 from kd_hf.layout import REPORT, RESOLVED
-from kd_hf.recipe.config import Block, DataConfig
 from kd_hf.recipe.resolved import dump_recipe, flat, recipe_hash
 from kd_hf.run.lineage import (
     commit_of,
@@ -31,7 +29,7 @@ from kd_hf.run.lineage import (
     weight_text,
 )
 from kd_hf.run.record import RunRecord
-from kd_hf.tasks.score import RECALLS, in_percent, label_of
+from kd_hf.tasks.score import RECALLS, best_by, in_percent, label_of
 from kd_hf.text import markdown as md
 
 README, RESULTS = "README.md", ".eval_results"
@@ -49,29 +47,6 @@ _CAPTIONS = {
 }
 # these pictures hold images of the data, which may not be for everybody: `hub.data_pictures`
 _OF_DATA = ("attention", "disagreements", "detections")
-
-
-@dataclass(frozen=True)
-class _Words:
-    """What the card says of one kind of network."""
-
-    kind: str
-    goodness: str
-    limit: str
-
-
-_WORDS = {
-    "image-classification": _Words(
-        "An image classifier",
-        "accuracy",
-        "It gives one of the classes of {data} for any image, also for one that shows none of them.",
-    ),
-    "object-detection": _Words(
-        "An object detector",
-        "precision",
-        "It knows the classes of {data} only: other things are not found, or taken for one of them.",
-    ),
-}
 
 
 def model_card(record: RunRecord, repo_id: str | None = None) -> str:
@@ -135,7 +110,7 @@ def _about(record: RunRecord) -> str:
     which = " in its body" if only_body(record, "student") else ""
     start = f" It began with pretrained weights{which}." if recipe.student.pretrained else ""
     return (
-        f"{_WORDS[record.task.pipeline_tag].kind}: {md.code(network_name(record, 'student'))}{size}, {how}{by} on "
+        f"{record.task.words.kind}: {md.code(network_name(record, 'student'))}{size}, {how}{by} on "
         f"{md.code(shown_path(recipe.data.path))}.{start}"
     )
 
@@ -196,7 +171,7 @@ def _results(record: RunRecord) -> list[str]:
     if "agreement" in metrics:
         lines += ["Agreement: on how many of the images it chooses the same class as the teacher.", ""]
     if record.score.key not in metrics:
-        goodness = _WORDS[record.task.pipeline_tag].goodness
+        goodness = record.task.words.goodness
         return [*lines, f"These images have no labels, so the {goodness} of the student is not known."]
     return [*lines, *_gain(record, metrics[record.score.key])]
 
@@ -253,7 +228,7 @@ def _lineage(record: RunRecord) -> list[str]:
         rows.append([md.plain(name), md.code(network_name(record, name)), begun, commit])
     losses = [["loss", "weight", "paper", "options other than the paper's"]]
     for name, (block, weight) in losses_of(record.recipe).items():
-        method = get_method(record.recipe.method_of(name))
+        method = get_method(record.recipe.method_of(name), record.recipe.task)
         until = f", until {span(block.until)}" if block.until else ""
         changed = flat(method.Config.model_validate(block.options).model_dump(mode="json", exclude_defaults=True))
         options = ", ".join(md.code(f"{key}: {value}") for key, value in changed.items())
@@ -345,24 +320,12 @@ def _procedure(record: RunRecord) -> dict[str, str]:
         "images per step": f"{record.start['global_batch']:,}" if "global_batch" in record.start else "",
         "optimiser": f"{train.optim}, learning rate {train.learning_rate:g} ({train.lr_scheduler_type}{warmup}), "
         f"weight decay {train.weight_decay:g}",
-        "augmentation": ", ".join(f"{key} {value}" for key, value in _augmentation(record.recipe.data).items()),
+        "augmentation": ", ".join(f"{key} {value}" for key, value in record.task.augmentation().items()),
         "weight average": average,
         "precision": "bfloat16" if train.bf16 else "float16" if train.fp16 else "float32",
         "seed": str(train.seed),
-        "exported weights": f"of step {best:,}, best by {train.metric_for_best_model}" if best is not None else "",
+        "exported weights": f"of step {best:,}, best by {best_by(train, record.score)[0]}" if best is not None else "",
     }
-
-
-def _augmentation(data: DataConfig) -> dict[str, Any]:
-    """What is drawn for every training image: the main options, and those that are not at their defaults."""
-    main: dict[str, Any]
-    if data.boxes is None:
-        augment: Block = data.augment
-        main = {"crop.kind": data.augment.crop.kind, "hflip": data.augment.hflip}
-    else:
-        augment = data.boxes.augment
-        main = {"hflip": data.boxes.augment.hflip, "crop": data.boxes.augment.crop}
-    return main | flat(augment.model_dump(mode="json", exclude_defaults=True))
 
 
 def _cost(record: RunRecord) -> dict[str, str]:
@@ -408,7 +371,7 @@ def _curves(record: RunRecord) -> list[str]:
 
 def _limits(record: RunRecord) -> list[str]:
     recipe, data = record.recipe, md.code(shown_path(record.recipe.data.path))
-    lines = [f"- {_WORDS[record.task.pipeline_tag].limit.format(data=data)}"]
+    lines = [f"- {record.task.words.limit.format(data=data)}"]
     if exported_metrics(record):
         split = "a sample of the evaluation split" if recipe.eval.max_samples else "the evaluation split"
         lines.append(f"- It was measured on {split} of {data} only; how it does on other images is not known.")

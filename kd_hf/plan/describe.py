@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from kd_hf.distillation.summary import random_text, shown_size, size_of
+from kd_hf.distillation.summary import shown_size
 
 if TYPE_CHECKING:
     from kd_hf.distillation.assembly import Assembly
     from kd_hf.distillation.choices import Choice
     from kd_hf.methods.base import Method
     from kd_hf.recipe.config import Recipe
+    from kd_hf.tasks.base import Task
 
 
 # training images of data sets that recipes name, so that steps are known without opening them
@@ -63,10 +64,10 @@ def plan_recipe(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         "memory_per_process_gib": {
             name: round(size / 2**30, 2) for name, size in memory_bytes(held, run, train, images or 0).items()
         },
-        "augmentation": random_text(parts),
+        "augmentation": parts.task.drawn(parts.needs_strong),
         "order": "the image at (seed, epoch, position) is a pure function: the same on any number of processes "
         "and workers, and after a resume",
-        "gates": {name: _gate(recipe, name) for name in recipe.all_teachers() if name not in stores},
+        "gates": {name: _gate(parts.task, name) for name in recipe.all_teachers() if name not in stores},
         "stores": stores,
         "batch_coupled": [choice.name for choice in parts.choices if choice.needs.batch_coupled],
         "gathered": [choice.name for choice in parts.choices if choice.needs.gathered],
@@ -84,33 +85,33 @@ def _length(recipe: Recipe, batch: int) -> str:
     return f"{steps:,} steps, {every:,} an epoch, {steps / every:.4g} epochs"
 
 
-def _gate(recipe: Recipe, teacher: str) -> dict[str, Any]:
+def _gate(task: Task, teacher: str) -> dict[str, Any]:
     """What a teacher must reach before the first step, and what the run folder says it reached."""
     from kd_hf.run.log import read_log
-    from kd_hf.tasks import task_of
 
-    metric = task_of(recipe).metric
-    gate = recipe.all_teachers()[teacher].gate
-    log = read_log(Path(recipe.train.output_dir))
+    metric = task.score.key
+    gate = task.recipe.all_teachers()[teacher].gate
+    log = read_log(Path(task.recipe.train.output_dir))
     measured = [line for line in log if line.get("gate") == teacher]
     return {
         **gate.model_dump(),
-        f"measured_{metric}": measured[-1][metric] if measured else None,
-        f"measured_{metric}_as_fed": measured[-1][f"{metric}_as_fed"] if measured else None,
+        "score": task.score.name,
+        "measured": measured[-1][metric] if measured else None,
+        "measured_as_fed": measured[-1][f"{metric}_as_fed"] if measured else None,
     }
 
 
 def _warnings(parts: Assembly) -> list[str]:
     """What a person should look at before starting."""
-    found, boxes = [], parts.recipe.data.boxes is not None  # detectors take any size, and all have named parts
+    found, fixed = [], parts.task.fixed_size  # networks that take any size have named parts
     for name, handle in parts.teachers.items():
         own, fed = handle.info.native, parts.views()[name]
-        if own is not None and own.image_size != fed.image_size and not boxes:
+        if own is not None and own.image_size != fed.image_size and fixed:
             found.append(f"{name} was made for {own.image_size} px and is shown {fed.image_size} px")
         if own is not None and (own.mean, own.std) != (fed.mean, fed.std):
             found.append(f"{name} is shown images with another mean and std than its own")
     for name, handle in (("student", parts.student), *parts.teachers.items()):
-        if not handle.info.stages and not handle.info.blocks and not boxes:
+        if not handle.info.stages and not handle.info.blocks and fixed:
             found.append(f"{name}: {handle.info.name} is of a family without named stages or blocks")
     banks = {name: method.cost().sample_bytes for name, method in parts.module.named_methods()}
     if parts.recipe.data.path not in _KNOWN_SIZES:
@@ -139,7 +140,7 @@ def _network(parts: Assembly, name: str) -> dict[str, Any]:
         "library": handle.info.library,
         "parameters": handle.info.parameters,
         "classes": handle.info.num_classes,
-        **size_of(parts.recipe, view),
+        **parts.task.size_of(view),
         "mean": list(view.mean),
         "std": list(view.std),
         "taps": {tap: list(shape) for tap, shape in parts.shapes[name].taps.items()},
@@ -207,16 +208,11 @@ def describe(plan: dict[str, Any]) -> str:
 
 
 def _describe_gate(name: str, gate: dict[str, Any]) -> str:
-    from kd_hf.tasks.score import SCORES
-
     if not gate["enabled"]:
         return f"gate       {name} is not measured before the first step"
-    score = next(score for score in SCORES.values() if f"measured_{score.key}" in gate)
-    least, own, fed = (
-        gate[key] for key in (f"min_{score.key}", f"measured_{score.key}", f"measured_{score.key}_as_fed")
-    )
+    least, own, fed = gate["min_score"], gate["measured"], gate["measured_as_fed"]
     wanted = "better than guessing" if least is None else f"at least {least:g}"
-    text = f"gate       {name} must reach {score.name} {wanted} on {gate['samples']} held-out images"
+    text = f"gate       {name} must reach {gate['score']} {wanted} on {gate['samples']} held-out images"
     if own is None:
         return text
     return f"{text}; it reached {own:.1f} ({fed:.1f} as training feeds it) when this run began"

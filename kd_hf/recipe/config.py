@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
+from kd_hf.errors import UserError
 from kd_hf.recipe.schedule import Duration, DurationField, Weight
+from kd_hf.task_table import DEFAULT, task_entry
 
 TASK = "task"  # the block of `methods` that is there unless it is turned off: the ordinary loss on labels
 _COCO_SIDES = tuple(range(480, 801, 16))
+_DETECTION = "object-detection"
 
 
 class Block(BaseModel):
@@ -76,10 +80,11 @@ class GateConfig(Block):
     enabled: bool = True
     samples: int = Field(256, gt=0)
     """How many images of the evaluation split are shown to the teacher."""
-    min_top1: float | None = Field(None, ge=0, le=100)
-    """Refuse to train below this top-1 in percent; by default only a teacher at chance level is refused."""
-    min_ap: float | None = Field(None, ge=0, le=100)
-    """The same for a detector's average precision."""
+    min_score: float | None = Field(
+        None, ge=0, le=100, validation_alias=AliasChoices("min_score", "min_top1", "min_ap")
+    )
+    """Refuse to train below this number of the task: top-1 of classifiers, average precision of detectors, in percent.
+    By default only a teacher at chance level is refused."""
 
 
 class TeacherConfig(ModelConfig):
@@ -348,8 +353,10 @@ class TrainConfig(Block):
     save_total_limit: int | None = Field(2, gt=0)
     load_best_model_at_end: bool = False
     """Export the weights of the best evaluation instead of the last ones."""
-    metric_for_best_model: str = "eval_top1"
-    greater_is_better: bool = True
+    metric_for_best_model: str | None = None
+    """By default the number that the task is judged by: `eval_top1` of classifiers, `eval_ap` of detectors."""
+    greater_is_better: bool | None = None
+    """By default as the metric says: an nll, a loss or a calibration error is better when low."""
     resume_from_checkpoint: str | bool | None = None
     """By default an unfinished run of the same recipe in `output_dir` is continued (to the bit); true demands one,
     false starts over, a path names a checkpoint folder."""
@@ -439,9 +446,19 @@ class PublishedConfig(Block):
     """Who published it."""
 
 
+def task_named(values: Mapping[str, Any]) -> Any:
+    """The task of a recipe given as plain values: what it names, else what its data block belongs to."""
+    data = values.get("data")
+    boxes = isinstance(data, Mapping) and data.get("boxes") is not None
+    return values.get("task") or (_DETECTION if boxes else DEFAULT)
+
+
 class Recipe(Block):
     """A whole run. Read one with :func:`kd_hf.recipe.read.load_recipe`."""
 
+    task: str = DEFAULT
+    """What is learned, by the Hub's name: `image-classification`, `object-detection` (which `data.boxes` implies), or a
+    task of another package."""
     student: StudentConfig
     teacher: TeacherConfig | None = None
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
@@ -467,26 +484,30 @@ class Recipe(Block):
             raise ValueError("give either `teacher` or `teachers`")
         return self
 
-    @model_validator(mode="after")
-    def _body_of_a_detector(self) -> Recipe:
-        if self.student.body is not None and self.data.boxes is None:
-            raise ValueError("`student.body` is for detectors (`data.boxes`); a classifier takes `student.weights`")
-        return self
-
     @model_validator(mode="before")
     @classmethod
-    def _best_by_the_metric_of_the_task(cls, values: Any) -> Any:
-        """Detectors are compared by average precision, unless the recipe says otherwise."""
-        data, train = (values.get(name) if isinstance(values, dict) else None for name in ("data", "train"))
-        if not isinstance(data, dict) or not isinstance(train, dict) or data.get("boxes") is None:
-            return values
-        return {**values, "train": {"metric_for_best_model": "eval_ap", **train}}
+    def _task_by_its_data(cls, values: Any) -> Any:
+        return {**values, "task": task_named(values)} if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _blocks_of_the_task(self) -> Recipe:
+        try:
+            task_entry(self.task)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if self.task != _DETECTION and self.data.boxes is not None:
+            raise ValueError(f"`data.boxes` is for `task: {_DETECTION}`; the task is {self.task}. Remove one of them")
+        if self.task == _DETECTION and self.data.boxes is None:
+            raise ValueError(f"`task: {_DETECTION}` needs the block `data.boxes`; `{{}}` takes COCO's conventions")
+        if self.student.body is not None and self.task != _DETECTION:
+            raise ValueError("`student.body` is for detectors (`data.boxes`); a classifier takes `student.weights`")
+        return self
 
     def method_of(self, name: str) -> str:
         """Which method a block of `methods` means: the one it names, else its own name, else the task's own loss."""
         block = self.methods.get(name)
         named = block.method if block is not None else None
-        return named or ("detection" if name == TASK and self.data.boxes is not None else name)
+        return named or (task_entry(self.task).loss if name == TASK else name)
 
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """Teachers by name; a single `teacher` is called 'teacher'."""

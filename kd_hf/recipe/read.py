@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from kd_hf.errors import UserError, nearest
 from kd_hf.recipe.cells import CELLS, with_cell
-from kd_hf.recipe.config import TASK, MethodBlock, Recipe
+from kd_hf.recipe.config import TASK, MethodBlock, Recipe, task_named
 from kd_hf.recipe.messages import explain
 from kd_hf.recipe.tree import Tree
 
@@ -84,9 +84,7 @@ def _validated(tree: Tree) -> Recipe:
 def _check_method_names(methods: Mapping[str, Any], tree: Tree) -> None:
     from kd_hf.methods import method_names
 
-    data = tree.values.get("data")
-    boxes = isinstance(data, dict) and data.get("boxes") is not None
-    known = {TASK, *method_names(boxes)}
+    known = {TASK, *method_names(task_named(tree.values))}
     for name, block in methods.items():
         method = (block.get("method") if isinstance(block, dict) else None) or name
         if method not in known:
@@ -101,7 +99,7 @@ def _with_all_options(recipe: Recipe, tree: Tree) -> dict[str, MethodBlock]:
     teachers = recipe.all_teachers()
     blocks = {}
     for name, block in recipe.methods.items():
-        where, config = ("methods", name), get_method(recipe.method_of(name)).Config
+        where, config = ("methods", name), get_method(recipe.method_of(name), recipe.task).Config
         try:
             options = config.model_validate(block.options).model_dump(mode="json")
         except ValidationError as error:

@@ -48,7 +48,7 @@ def _resolved(recipe: Recipe) -> dict[str, Any]:
 
     values = recipe.model_dump(mode="json")
     for name, block in recipe.methods.items():
-        config = get_method(recipe.method_of(name)).Config
+        config = get_method(recipe.method_of(name), recipe.task).Config
         values["methods"][name] |= config.model_validate(block.options).model_dump(mode="json")
     return values
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kd_hf.layout import PLAIN
 from kd_hf.recipe.config import TASK, HubConfig, ModelConfig, Recipe
+from kd_hf.task_table import task_entry
 
 GIVEN_NETWORK = "given:"  # begins the name of a network that a recipe can only name
 
@@ -70,7 +71,7 @@ def plain_twin(recipe: Recipe) -> Recipe:
             "cell": None,
             "published": None,
             "methods": kept,
-            "data": recipe.data if recipe.data.boxes else recipe.data.model_copy(update={"unlabelled": "drop"}),
+            "data": recipe.data.model_copy(update={"unlabelled": "drop"} if task_entry(recipe.task).unlabelled else {}),
             "eval": recipe.eval.model_copy(update={"report": False}),
             "hub": HubConfig(),
             "train": recipe.train.model_copy(update={"output_dir": folder}),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kd_hf.distillation.assembly import load_network
 from kd_hf.errors import UserError
@@ -67,8 +68,11 @@ def write_report(
         page.load = load_lines(record.student)
         with _noted(page, "The pictures of the networks are missing"):
             networks = _open_networks(record, teachers, device, page)
-            images = source or record.task.open_images(record.recipe, "eval")
-            _PROBES[record.task.pipeline_tag](page, record, networks, images, device, samples, progress)
+            images = source or record.task.open_images("eval")
+            if record.task.pictures is not None:
+                module, name = record.task.pictures.split(":")
+                draw = getattr(import_module(module), name)
+                draw(page, record, networks, images, device, samples, progress)
     return _write(page, record.report)
 
 
@@ -98,14 +102,14 @@ def _open_networks(
     else:
         for name, cfg in record.recipe.all_teachers().items():
             with _noted(page, f"Comparisons with the teacher '{name}' are missing, it cannot be opened"):
-                networks[name] = load_network(cfg, record.recipe, cfg.num_classes, device)
+                networks[name] = load_network(cfg, record.task, cfg.num_classes, device)
     if record.plain is not None:
         with _noted(page, "The comparison with the plain student is missing, it cannot be opened"):
             networks[PLAIN] = record.task.load(str(record.plain.need()), **options)
     return networks
 
 
-def _add_classifiers(
+def add_classifiers(
     page: Page,
     record: RunRecord,
     networks: Mapping[str, ModelHandle],
@@ -117,32 +121,6 @@ def _add_classifiers(
     """Pictures of what classifiers say, hold alike and look at."""
     sample = look(networks, source, samples=samples, progress=progress)
     _add_networks(page, networks, replace(sample, classes=_in_words(record, sample.classes)))
-
-
-def _add_detectors(
-    page: Page,
-    record: RunRecord,
-    networks: Mapping[str, ModelHandle],
-    source: Any,
-    device: str | torch.device,
-    samples: int,
-    progress: bool,
-) -> None:
-    """The picture of what detectors find."""
-    from kd_hf.report.detections import side_by_side
-
-    drawn, others = side_by_side(networks, source, record.recipe, device, samples)
-    _add(page, drawn)
-    for name in others:
-        page.notes.append(f"What {name} finds is not shown: its classes are not the data's.")
-    page.notes.append("Gains by class, likeness of features, attention and disagreements are for classifiers only.")
-
-
-# by the task's name on the Hub
-_PROBES: dict[str, Callable[..., None]] = {
-    "image-classification": _add_classifiers,
-    "object-detection": _add_detectors,
-}
 
 
 def _in_words(record: RunRecord, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -25,10 +25,13 @@ from kd_hf.detection.networks.info import DetectorInfo
 from kd_hf.models.handle import ModelHandle
 from kd_hf.recipe.config import BoxAugment, Recipe
 from kd_hf.report.figures import WIDTH, Picture, Theme, picture, short
+from kd_hf.report.page import Page
 from kd_hf.report.probe import STUDENT, shadow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from kd_hf.run.record import RunRecord
 
 TRUTH = "annotated"
 SHOWN = 4  # images
@@ -54,6 +57,24 @@ class Shown:
 
     image: Image.Image
     found: Mapping[str, Found]
+
+
+def add_detectors(
+    page: Page,
+    record: RunRecord,
+    networks: Mapping[str, ModelHandle],
+    source: BoxSource,
+    device: str | torch.device,
+    samples: int,
+    progress: bool,
+) -> None:
+    """The picture of what detectors find, on a report's page."""
+    drawn, others = side_by_side(networks, source, record.recipe, device, samples)
+    if drawn is not None:
+        page.pictures.append(drawn)
+    for name in others:
+        page.notes.append(f"What {name} finds is not shown: its classes are not the data's.")
+    page.notes.append("Gains by class, likeness of features, attention and disagreements are for classifiers only.")
 
 
 def side_by_side(

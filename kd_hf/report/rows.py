@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_hf.run.record import RunRecord
+from kd_hf.tasks.score import best_by
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def student_score(record: RunRecord) -> float | None:
     train = record.recipe.train
     if not train.load_best_model_at_end:
         return record.last(record.score.logged)
-    metric = f"eval_{train.metric_for_best_model.removeprefix('eval_')}"
+    metric, greater = best_by(train, record.score)
     lines = [line for line in record.log if line.get(metric) is not None]
-    choose = max if train.greater_is_better else min
+    choose = max if greater else min
     return choose(lines, key=lambda line: line[metric]).get(record.score.logged) if lines else None

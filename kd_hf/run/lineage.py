@@ -8,6 +8,7 @@ from pathlib import Path
 from kd_hf.recipe.config import MethodBlock, ModelConfig, Recipe
 from kd_hf.recipe.schedule import Duration, Ramp, Weight
 from kd_hf.run.record import RunRecord
+from kd_hf.tasks.score import best_by
 
 _IN_PYTHON = "given:"  # how the record of a run begins what it was handed as a live object
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -105,7 +106,7 @@ def losses_of(recipe: Recipe) -> dict[str, tuple[MethodBlock, Weight]]:
 
     blocks = {TASK: MethodBlock(), **recipe.methods}
     weighed = {
-        name: (block, get_method(recipe.method_of(name)).weight if block.weight is None else block.weight)
+        name: (block, get_method(recipe.method_of(name), recipe.task).weight if block.weight is None else block.weight)
         for name, block in blocks.items()
     }
     return {name: found for name, found in weighed.items() if found[1] != 0}
@@ -137,10 +138,11 @@ def span(duration: Duration) -> str:
 def exported_step(record: RunRecord) -> int | None:
     """The step whose weights lie in the artefact, when that is the best evaluation's; None for the last one."""
     train = record.recipe.train
-    measured = record.series(f"eval_{train.metric_for_best_model.removeprefix('eval_')}")
+    metric, greater = best_by(train, record.score)
+    measured = record.series(metric)
     if not (train.load_best_model_at_end and measured):
         return None
-    return (max if train.greater_is_better else min)(measured, key=lambda point: point[1])[0]  # the first of equals
+    return (max if greater else min)(measured, key=lambda point: point[1])[0]  # the first of equals
 
 
 def exported_metrics(record: RunRecord) -> dict[str, float]:

@@ -13,7 +13,6 @@ from kd_hf.layout import LOG, PLAIN, REPORT, RESOLVED, STUDENT
 from kd_hf.recipe.config import Recipe
 from kd_hf.recipe.read import load_recipe
 from kd_hf.run.log import read_log
-from kd_hf.tasks.score import SCORES
 
 if TYPE_CHECKING:
     from kd_hf.tasks.base import Task
@@ -68,14 +67,14 @@ class RunRecord:
     @cached_property
     def task(self) -> Task:
         """What was learned from the images."""
-        from kd_hf.tasks import task_of
+        from kd_hf.tasks import open_task
 
-        return task_of(self.recipe)
+        return open_task(self.recipe)
 
     @property
     def score(self) -> Score:
         """The number that its networks are compared by."""
-        return SCORES[self.task.metric]
+        return self.task.score
 
     @property
     def name(self) -> str:

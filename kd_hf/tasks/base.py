@@ -23,26 +23,54 @@ if TYPE_CHECKING:
     from kd_hf.metrics.predictions import Predictions
     from kd_hf.models.handle import ModelHandle
     from kd_hf.models.taps import Tapped
+    from kd_hf.tasks.score import Score
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a card says of a task's networks.
+
+    Args:
+        kind: what one is, as the first words of a sentence.
+        goodness: what its score measures.
+        limit: a sentence about what it cannot do; ``{data}`` stands for the data's name.
+    """
+
+    kind: str
+    goodness: str
+    limit: str
 
 
 class Task(ABC):
     """Images, networks and measurements of one kind of learning."""
 
-    metric: ClassVar[str]
-    """The number that says how good a network is, in percent."""
     pipeline_tag: ClassVar[str]
     """What the Hub calls it."""
+    score: ClassVar[Score]
+    """The number that says how good a network is, in percent."""
+    words: ClassVar[Words]
+    """What cards say of its networks."""
+    loss: ClassVar[str] = "task"
+    """The method that the block `task` of a recipe means; known to :mod:`kd_hf.task_table` of our own tasks."""
+    methods: ClassVar[Mapping[str, str]] = {}
+    """Its own methods, name → module; empty where those of :mod:`kd_hf.methods` serve it."""
+    unlabelled: ClassVar[bool] = True
+    """Whether training images may lack labels."""
+    pictures: ClassVar[str | None] = None
+    """``module:function`` that draws its networks into a report, see :func:`kd_hf.report.build.write_report`."""
+    fixed_size: ClassVar[bool] = True
+    """Whether networks are made for images of one size."""
     unused_parameters: ClassVar[bool] = False
     """Whether a batch may leave parameters of the student without gradient."""
 
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
     @abstractmethod
-    def open_images(
-        self, recipe: Recipe, split: Split, dataset: Any = None, classes: Sequence[str] | None = None
-    ) -> Any:
+    def open_images(self, split: Split, dataset: Any = None, classes: Sequence[str] | None = None) -> Any:
         """The images of a split: what the recipe names, or a data set handed over in Python.
 
         Args:
-            recipe: the run.
             split: `train` or `eval`.
             dataset: instead of the recipe's.
             classes: of the training set, which an evaluation set must have.
@@ -53,7 +81,7 @@ class Task(ABC):
         """Random images with labels, to see that a recipe runs."""
 
     def small(self, recipe: Recipe) -> Recipe:
-        """The recipe with images that are quick to compute on, where their size decides nothing else."""
+        """A recipe of this task with images that are quick to compute on, where their size decides nothing else."""
         return recipe
 
     @abstractmethod
@@ -67,15 +95,15 @@ class Task(ABC):
         """The network as a module that gives outputs with these taps."""
 
     @abstractmethod
-    def tap_shapes(self, model: Tapped, recipe: Recipe, image_size: int) -> dict[str, tuple[int, ...]]:
+    def tap_shapes(self, model: Tapped, image_size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a tapped network's taps, without the batch dimension."""
 
     @abstractmethod
-    def pretend(self, model: Tapped, recipe: Recipe, image_size: int, count: int) -> None:
+    def pretend(self, model: Tapped, image_size: int, count: int) -> None:
         """Run a tapped network of the meta device on images without content, for whoever counts what it does."""
 
     @abstractmethod
-    def example(self, view: Preprocessing, recipe: Recipe, device: torch.device) -> Any:
+    def example(self, view: Preprocessing, device: torch.device) -> Any:
         """One random input of a network that is shown `view`."""
 
     @abstractmethod
@@ -94,15 +122,13 @@ class Task(ABC):
     def check_classes(self, student: ModelInfo, source: Any) -> None:
         """Raise :class:`UserError` when the student's outputs do not fit the data's classes."""
 
-    def named(self, student: ModelHandle, class_names: Sequence[str], recipe: Recipe) -> ModelHandle:
+    def named(self, student: ModelHandle, class_names: Sequence[str]) -> ModelHandle:
         """The student as it is exported: with the data's class names, where its outputs are these classes."""
         fits = class_names and len(class_names) == student.info.num_classes
         return replace(student, label_names=tuple(class_names)) if fits else student
 
     @abstractmethod
-    def batches(
-        self, source: Any, recipe: Recipe, views: Mapping[str, Preprocessing], **position: int | bool
-    ) -> BatchLoader[Any]:
+    def batches(self, source: Any, views: Mapping[str, Preprocessing], **position: int | bool) -> BatchLoader[Any]:
         """Training batches; `position` is what :func:`kd_hf.data.loader.train_loader` takes by name."""
 
     @abstractmethod
@@ -119,7 +145,6 @@ class Task(ABC):
         teachers: Mapping[str, Teacher],
         source: Any,
         accelerator: Accelerator,
-        recipe: Recipe,
     ) -> Any:
         """What measures students and teachers when it is called."""
 
@@ -130,9 +155,24 @@ class Task(ABC):
         fed: Mapping[str, Preprocessing],
         source: Any,
         accelerator: Accelerator,
-        recipe: Recipe,
     ) -> list[GateResult]:
         """Measure teachers on held-out images, by themselves and as training feeds them."""
+
+    @abstractmethod
+    def drawn(self, strong: bool = False) -> list[str]:
+        """What is drawn at random for every training image, a word each.
+
+        Args:
+            strong: whether a method looks at a second, strongly augmented view.
+        """
+
+    @abstractmethod
+    def augmentation(self) -> dict[str, Any]:
+        """What training does to images, option → value: the main ones, and those that are not at their defaults."""
+
+    def size_of(self, view: Preprocessing) -> dict[str, int]:
+        """What is known of the pixels of the images that a network is shown."""
+        return {"image_size": view.image_size}
 
 
 @dataclass(frozen=True)
@@ -166,13 +206,13 @@ class GateResult:
             "image_size and preprocessing (mean, std, interpolation) in the recipe"
         )
 
-    def check(self, gate: GateConfig, key: str = "min_top1") -> None:
-        """Raise :class:`UserError` when the teacher is below the gate's `key`, or no better than guessing."""
-        least: float | None = getattr(gate, key)
+    def check(self, gate: GateConfig) -> None:
+        """Raise :class:`UserError` when the teacher is below the gate, or no better than guessing."""
+        least = gate.min_score
         reached = f"teacher '{self.teacher}' reaches {self.metric} {self.own:.1f} on {self.samples} held-out images"
         check = "check its weights, preprocessing and label order"
         if least is not None and self.own < least:
-            raise UserError(f"{reached}, below gate.{key} = {least:g}; {check}")
+            raise UserError(f"{reached}, below gate.min_score = {least:g}; {check}")
         if least is None and self.own <= self.guessing:
             raise UserError(f"{reached}, no better than guessing; {check}, or set gate.enabled: false")
 

@@ -12,8 +12,10 @@ from kd_hf.data.source import Source
 from kd_hf.errors import UserError
 from kd_hf.metrics.measure import Subject, eval_batch_size, measure
 from kd_hf.metrics.meters import Accuracy
-from kd_hf.recipe.config import Recipe, TrainConfig
-from kd_hf.tasks.base import GateResult, Task, guessing_top1
+from kd_hf.recipe.config import TrainConfig
+from kd_hf.recipe.resolved import flat
+from kd_hf.tasks.base import GateResult, Task, Words, guessing_top1
+from kd_hf.tasks.score import TOP1
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from kd_hf.data.source import Split
     from kd_hf.distillation.teacher import Teacher
     from kd_hf.info import ModelInfo, Preprocessing
+    from kd_hf.metrics.evaluator import Evaluator
     from kd_hf.metrics.predictions import Predictions
     from kd_hf.models.handle import ModelHandle
     from kd_hf.models.taps import Tapped
@@ -69,17 +72,21 @@ def measure_teachers(
 class Classification(Task):
     """One class an image."""
 
-    metric, pipeline_tag = "top1", "image-classification"
+    pipeline_tag, score = "image-classification", TOP1
+    pictures = "kd_hf.report.build:add_classifiers"
+    words = Words(
+        "An image classifier",
+        "accuracy",
+        "It gives one of the classes of {data} for any image, also for one that shows none of them.",
+    )
 
-    def open_images(
-        self, recipe: Recipe, split: Split, dataset: Any = None, classes: Sequence[str] | None = None
-    ) -> Any:
+    def open_images(self, split: Split, dataset: Any = None, classes: Sequence[str] | None = None) -> Any:
         """See :class:`Task`."""
         from kd_hf.data.opening import open_source, with_labels
         from kd_hf.data.rows import open_rows
         from kd_hf.data.source import Source
 
-        data, seed = recipe.data, recipe.train.seed
+        data, seed = self.recipe.data, self.recipe.train.seed
         if dataset is None:
             return open_source(data, split, seed)
         given = isinstance(dataset, Source)
@@ -106,19 +113,19 @@ class Classification(Task):
 
         return TappedModel(model, info, taps, dist_head)
 
-    def tap_shapes(self, model: Any, recipe: Recipe, image_size: int) -> dict[str, tuple[int, ...]]:
+    def tap_shapes(self, model: Any, image_size: int) -> dict[str, tuple[int, ...]]:
         """See :class:`Task`."""
         from kd_hf.models.taps import tap_shapes
 
         return tap_shapes(model, image_size)
 
-    def pretend(self, model: Tapped, recipe: Recipe, image_size: int, count: int) -> None:
+    def pretend(self, model: Tapped, image_size: int, count: int) -> None:
         """See :class:`Task`."""
         reference = next(model.parameters())
         size = (count, 3, image_size, image_size)
         model(torch.zeros(size, device=reference.device, dtype=reference.dtype))
 
-    def example(self, view: Preprocessing, recipe: Recipe, device: torch.device) -> Any:
+    def example(self, view: Preprocessing, device: torch.device) -> Any:
         """See :class:`Task`."""
         return torch.randn(1, 3, view.image_size, view.image_size, device=device)
 
@@ -140,13 +147,11 @@ class Classification(Task):
         if own != source.num_classes:
             raise UserError(f"student.num_classes is {own}, but {source.describe()} has {source.num_classes} classes")
 
-    def batches(
-        self, source: Any, recipe: Recipe, views: Mapping[str, Preprocessing], **position: Any
-    ) -> BatchLoader[Any]:
+    def batches(self, source: Any, views: Mapping[str, Preprocessing], **position: Any) -> BatchLoader[Any]:
         """See :class:`Task`."""
         from kd_hf.data.loader import train_loader
 
-        return train_loader(source, recipe.data, views, **position)
+        return train_loader(source, self.recipe.data, views, **position)
 
     def stage(self, source: Any, views: Mapping[str, Preprocessing], student: ModelInfo) -> Any:
         """See :class:`Task`."""
@@ -154,11 +159,18 @@ class Classification(Task):
 
         return DeviceStage(views, student.num_classes)
 
-    def evaluator(self, *run: Any) -> Any:
+    def evaluator(
+        self,
+        students: Mapping[str, nn.Module],
+        view: Preprocessing,
+        teachers: Mapping[str, Teacher],
+        source: Source,
+        accelerator: Accelerator,
+    ) -> Evaluator:
         """See :class:`Task`."""
         from kd_hf.metrics.evaluator import Evaluator
 
-        return Evaluator(*run)
+        return Evaluator(students, view, teachers, source, accelerator, self.recipe)
 
     def measure_teachers(
         self,
@@ -166,8 +178,29 @@ class Classification(Task):
         fed: Mapping[str, Preprocessing],
         source: Any,
         accelerator: Accelerator,
-        recipe: Recipe,
     ) -> list[GateResult]:
         """See :class:`Task`."""
+        return measure_teachers(teachers, fed, source, accelerator, self.recipe.train)
 
-        return measure_teachers(teachers, fed, source, accelerator, recipe.train)
+    def drawn(self, strong: bool = False) -> list[str]:
+        """See :class:`Task`."""
+        from kd_hf.data.geometry import takes_jitter
+
+        augment = self.recipe.data.augment
+        drawn = {
+            "crop": augment.crop.kind != "resize",
+            "flip": augment.hflip > 0,
+            str(augment.auto_augment): bool(augment.auto_augment),
+            "colour": augment.color_jitter > 0 and takes_jitter(augment.auto_augment),
+            "erasing": augment.erasing > 0,
+            "mixup": augment.mixup > 0,
+            "cutmix": augment.cutmix > 0,
+            f"a second view ({augment.strong.describe()})": strong,
+        }
+        return [name for name, is_drawn in drawn.items() if is_drawn]
+
+    def augmentation(self) -> dict[str, Any]:
+        """See :class:`Task`."""
+        augment = self.recipe.data.augment
+        main = {"crop.kind": augment.crop.kind, "hflip": augment.hflip}
+        return main | flat(augment.model_dump(mode="json", exclude_defaults=True))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_hf.recipe.config import TrainConfig
+
+_BETTER_WHEN_LOW = ("loss", "nll", "ece", "brier", "kl")
 PRECISIONS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP small", "ap_medium": "AP medium",
               "ap_large": "AP large"}  # fmt: skip
 RECALLS = {"ar1": "AR1", "ar10": "AR10", "ar100": "AR100", "ar_small": "AR small", "ar_medium": "AR medium",
@@ -52,9 +55,20 @@ class Score:
         return f"{value:.{digits}f}{self.sign}"
 
 
-SCORES = {
-    score.key: score for score in (Score("top1", "top-1", "Accuracy", " %"), Score("ap", "AP", "Average precision"))
-}
+TOP1 = Score("top1", "top-1", "Accuracy", " %")
+AP = Score("ap", "AP", "Average precision")
+
+
+def greater_is_better(metric: str) -> bool:
+    """Whether more of a logged number is better: not of losses, of their parts, and of calibration errors."""
+    return "/" not in metric and metric.rpartition("_")[2] not in _BETTER_WHEN_LOW
+
+
+def best_by(cfg: TrainConfig, score: Score) -> tuple[str, bool]:
+    """What the best evaluation of a run is chosen by: a key of the log, and whether more of it is better."""
+    named = cfg.metric_for_best_model or score.logged
+    metric = named if named.startswith("eval_") else f"eval_{named}"
+    return metric, greater_is_better(metric) if cfg.greater_is_better is None else cfg.greater_is_better
 
 
 def label_of(key: str) -> str:

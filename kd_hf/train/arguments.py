@@ -16,7 +16,8 @@ from kd_hf.models.live import handle_of
 from kd_hf.recipe.config import Block, HubConfig, Recipe, TrainConfig
 from kd_hf.recipe.read import make_recipe
 from kd_hf.recipe.variants import GIVEN_NETWORK
-from kd_hf.tasks import task_of
+from kd_hf.tasks import open_task
+from kd_hf.tasks.base import Task
 
 Network = str | nn.Module | ModelHandle
 Methods = Mapping[str, Any] | Sequence[str]
@@ -25,13 +26,18 @@ _HERE = "DistillTrainer"
 
 @dataclass
 class Setup:
-    """A run before anything is built: its recipe, its images, and the networks that exist already."""
+    """A run before anything is built: its task, its images, and the networks that exist already."""
 
-    recipe: Recipe
+    task: Task
     train_source: Any
     eval_source: Any
     networks: Mapping[str, ModelHandle] = field(default_factory=dict)
     """By name in the recipe: "student", "teacher", or a teacher's own name."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the run."""
+        return self.task.recipe
 
 
 def read_setup(
@@ -75,9 +81,9 @@ def read_setup(
         }
         recipe = make_recipe(values, _HERE)
         networks = {name: _shown_at(handle, recipe.data.image_size) for name, handle in networks.items()}
-    task = task_of(recipe)
-    images = task.open_images(recipe, "train", train_dataset)
-    return Setup(recipe, images, task.open_images(recipe, "eval", eval_dataset, images.class_names), networks)
+    task = open_task(recipe)
+    images = task.open_images("train", train_dataset)
+    return Setup(task, images, task.open_images("eval", eval_dataset, images.class_names), networks)
 
 
 def _name_of(network: Network, networks: Mapping[str, ModelHandle]) -> str:

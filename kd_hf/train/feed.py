@@ -22,7 +22,6 @@ from kd_hf.methods.base import Moment
 from kd_hf.outputs import Outputs
 from kd_hf.process import seed_networks
 from kd_hf.store.reader import Reader
-from kd_hf.tasks import task_of
 
 
 @dataclass
@@ -152,10 +151,8 @@ def open_feed(
     ranks = (accelerator.num_processes, accelerator.process_index)
     layout = Layout(args.per_device_train_batch_size, *ranks, accumulation)
     steps_per_epoch = len(source) // layout.global_batch
-    task = task_of(parts.recipe)
-    batches: BatchLoader[Any] = task.batches(
+    batches: BatchLoader[Any] = parts.task.batches(
         source,
-        parts.recipe,
         views,
         per_device=args.per_device_train_batch_size,
         world=accelerator.num_processes,
@@ -170,7 +167,7 @@ def open_feed(
     )
     feed = Feed(
         iter(batches),
-        task.stage(source, views, parts.student.info),
+        parts.task.stage(source, views, parts.student.info),
         teachers,
         parts.module,
         active,

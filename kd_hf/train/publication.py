@@ -21,7 +21,6 @@ from kd_hf.recipe.config import Recipe
 from kd_hf.recipe.resolved import dump_recipe
 from kd_hf.run.folder import RunFolder
 from kd_hf.run.record import RunRecord
-from kd_hf.tasks import task_of
 
 _UNFINISHED = ".unfinished"  # in the run folder: the student of a save, on its way to the Hub
 
@@ -31,17 +30,14 @@ class Publication:
 
     Args:
         run: the run folder.
-        student: the network.
-        class_names: of the data, when the student's head speaks of them.
+        student: the network, with the names of its classes.
         say: shows a line to the person watching.
     """
 
-    def __init__(
-        self, run: RunFolder, student: ModelHandle, class_names: tuple[str, ...], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: RunFolder, student: ModelHandle, say: Callable[[str], None]) -> None:
         self.run, self.say = run, say
         self.recipe: Recipe = run.recipe
-        self.student = task_of(self.recipe).named(student, class_names, self.recipe)
+        self.student = student
         hub = self.recipe.hub
         self.publisher = Publisher(hub, run.path, say) if hub.push_to_hub else None
 

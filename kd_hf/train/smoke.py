@@ -12,7 +12,7 @@ from kd_hf.methods import get_method
 from kd_hf.metrics.measure import runner
 from kd_hf.recipe.config import HubConfig, Recipe
 from kd_hf.recipe.variants import with_untrained_teachers
-from kd_hf.tasks import task_of
+from kd_hf.tasks import open_task
 from kd_hf.train.trainer import DistillTrainer
 
 STEPS = 2
@@ -27,7 +27,7 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
     untrained = {"pretrained": False}
     # the loss on mixed images pairs neighbours, repeated augmentation divides the batch
     unit = math.lcm(2, recipe.data.augment.repeats)
-    least = max((get_method(recipe.method_of(name)).least_images for name in recipe.methods), default=1)
+    least = max((get_method(recipe.method_of(name), recipe.task).least_images for name in recipe.methods), default=1)
     batch = unit * -(-least // unit)
     gate = {name: cfg.gate.model_copy(update={"enabled": False}) for name, cfg in described.all_teachers().items()}
     teachers = {
@@ -65,7 +65,7 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
             "train": train,
         }
     )
-    return task_of(recipe).small(small)
+    return open_task(recipe).small(small)
 
 
 def smoke(recipe: Recipe, folder: Path) -> str:
@@ -78,13 +78,13 @@ def smoke(recipe: Recipe, folder: Path) -> str:
     classes = num_classes(small)
     batch = small.train.per_device_train_batch_size
     size = max(cfg.image_size or 0 for cfg in (small.student, *small.all_teachers().values()))
-    task = task_of(recipe)
+    task = open_task(small)
     images = task.noise(STEPS * batch, max(size, small.data.image_size or 224), classes)
     trainer = DistillTrainer(small, train_dataset=images, eval_dataset=images)
     output = trainer.train()
     if not math.isfinite(output.training_loss):
         raise UserError(f"the loss is {output.training_loss} after {STEPS} steps")
-    example = task.example(trainer.parts.student.info.preprocessing, small, trainer.device)
+    example = task.example(trainer.parts.student.info.preprocessing, trainer.device)
     again = task.load(str(folder), pretrained=True)
     run = runner(task.tapped(again, again.info, ()).to(trainer.device), trainer.accelerator)
     expected = runner(trainer.trained.students()["student"], trainer.accelerator)(example).logits
@@ -104,5 +104,5 @@ def num_classes(recipe: Recipe) -> int:
         return given
     first = next(iter(recipe.all_teachers().values()), recipe.student)
     size = first.image_size or recipe.data.image_size
-    loaded = task_of(recipe).load(str(first.model), kwargs=first.kwargs, image_size=size, device="meta")
+    loaded = open_task(recipe).load(str(first.model), kwargs=first.kwargs, image_size=size, device="meta")
     return loaded.info.num_classes

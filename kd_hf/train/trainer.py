@@ -32,7 +32,7 @@ from kd_hf.run import checkpoint as ckpt
 from kd_hf.run.folder import RunFolder
 from kd_hf.run.length import run_length
 from kd_hf.run.log import read_log
-from kd_hf.tasks import task_of
+from kd_hf.tasks.score import best_by
 from kd_hf.train.arguments import Methods, Network, Setup, read_setup
 from kd_hf.train.callbacks import CallbackList, TrainerControl, TrainerState, TrainOutput
 from kd_hf.train.feed import Feed, open_feed
@@ -91,10 +91,19 @@ class DistillTrainer:
         given = (student, teacher, methods, args, train_dataset, eval_dataset, data, eval, hub, processing_class)
         setup: Setup = read_setup(*given)
         self.recipe, self.compute_metrics = setup.recipe, compute_metrics
-        self.args, self.task = self.recipe.train, task_of(self.recipe)
+        self.task = setup.task
+        metric, greater = best_by(self.recipe.train, self.task.score)
+        resolved = {
+            "metric_for_best_model": metric,
+            "greater_is_better": greater,
+        }  # callbacks of transformers read both
+        self.args = self.recipe.train.model_copy(update=resolved)
+        self._best_by, self._greater_is_better = metric, greater
         self.train_source, self.eval_source = setup.train_source, setup.eval_source
         source = self.train_source
-        self.parts: Assembly = assemble(self.recipe, source.num_classes, given=setup.networks, samples=source)
+        self.parts: Assembly = assemble(
+            self.recipe, source.num_classes, given=setup.networks, samples=source, task=self.task
+        )
         self.task.check_classes(self.parts.student.info, self.train_source)
         unused = self.task.unused_parameters or self.parts.module.may_pause
         self.accelerator: Accelerator = build_accelerator(self.args, unused_parameters=unused)
@@ -102,7 +111,8 @@ class DistillTrainer:
         self.length = run_length(self.args, len(self.train_source), self.accelerator.num_processes)
         self.journal = Journal(self.accelerator, self.args)
         self.run = RunFolder(self.recipe, self.length.global_batch)
-        self.publication = Publication(self.run, self.parts.student, self.train_source.class_names, self.journal.say)
+        named = self.task.named(self.parts.student, source.class_names)
+        self.publication = Publication(self.run, named, self.journal.say)
         self._build()
         self.state = TrainerState.of(self.args, self.length, self.accelerator)
         self.control = TrainerControl()
@@ -147,7 +157,7 @@ class DistillTrainer:
 
     def _evaluator(self, source: Any) -> Any:
         students, view = self.trained.students(), self.parts.student.info.preprocessing
-        return self.task.evaluator(students, view, self.teachers, source, self.accelerator, self.recipe)
+        return self.task.evaluator(students, view, self.teachers, source, self.accelerator)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -299,7 +309,7 @@ class DistillTrainer:
             self.journal.write(dict(numbers))
 
         names, views = self.train_source.class_names, self.parts.views()
-        pass_gate(self.teachers, views, names, self.eval_source, self.accelerator, self.recipe, tell)
+        pass_gate(self.teachers, views, names, self.eval_source, self.accelerator, self.task, tell)
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure the student (its average too, when there is one) and the teachers on held-out images.
@@ -332,7 +342,7 @@ class DistillTrainer:
         return PredictionOutput(*found.gather(self.accelerator), metrics)
 
     def _images(self, dataset: Any) -> Any:
-        return self.task.open_images(self.recipe, "eval", dataset, self.train_source.class_names)
+        return self.task.open_images("eval", dataset, self.train_source.class_names)
 
     def _measured(self, evaluator: Any, found: Predictions | None, prefix: str) -> dict[str, float]:
         """An evaluator's metrics and the user's own, under names with a prefix."""
@@ -346,13 +356,12 @@ class DistillTrainer:
         return self._seconds_before + time.perf_counter() - self._clock
 
     def _note_best(self, metrics: Mapping[str, float]) -> None:
-        name = self.args.metric_for_best_model
-        name = name if name.startswith("eval_") else f"eval_{name}"
+        name = self._best_by
         if name not in metrics:
             if self.args.load_best_model_at_end:
                 raise UserError(f"train.metric_for_best_model: no '{name}' among {', '.join(metrics)}")
             return
-        if self.state.note_best(metrics[name], self.args.greater_is_better):
+        if self.state.note_best(metrics[name], self._greater_is_better):
             self.control.should_save |= self.args.load_best_model_at_end
 
     def _log_losses(self, stop_requested: bool) -> bool:

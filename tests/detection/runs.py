@@ -53,7 +53,7 @@ def detector_run(folder, *blocks, seed=0, **measured) -> RunRecord:
         for name, parameter in handle.network.named_parameters():
             if "class" in name and name.endswith("bias"):
                 parameter.add_(4.0)
-    save_student(record.task.named(handle, NAMES, made), folder / "student")
+    save_student(record.task.named(handle, NAMES), folder / "student")
     note = {"name": MODEL, "parameters": handle.info.parameters, "library": "transformers", "architecture": "vidt"}
     models = dict.fromkeys(("student", *made.all_teachers()), note)
     lines = [

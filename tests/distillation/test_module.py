@@ -198,7 +198,7 @@ class KeepsEach(KD):
 
 def test_training_images_are_known_to_a_method_that_keeps_something_of_each(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "kd_hf.distillation.choices.get_method", lambda name: KeepsEach if name == "kd" else get_method(name)
+        "kd_hf.distillation.choices.get_method", lambda name, *task: KeepsEach if name == "kd" else get_method(name)
     )
     run, images = recipe(tmp_path, RESNET, {"methods": {"kd": {}}}), NoiseSource(12, 8, 10)
     assert assemble(run, 10, samples=images).module.methods["kd"].samples is images

@@ -165,8 +165,8 @@ def test_gate_result():
     fine.check(GateConfig())
     assert fine.warning() is None
     assert GateResult("t", 200, own=80.0, fed=70.0, own_size=224, fed_size=160).warning() is not None
-    with pytest.raises(UserError, match=r"below gate\.min_top1 = 85"):
-        fine.check(GateConfig(min_top1=85))
+    with pytest.raises(UserError, match=r"below gate\.min_score = 85"):
+        fine.check(GateConfig(min_score=85))
     chance = guessing_top1(10, 200)
     assert 16 < chance < 17
     with pytest.raises(UserError, match=r"reaches top-1 11\.0 on 200 held-out images, no better than guessing"):

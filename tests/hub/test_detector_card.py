@@ -69,7 +69,7 @@ def test_the_program_finds_what_the_evaluation_finds(run, tmp_path, monkeypatch)
     handle = run.task.load(str(run.student), pretrained=True)
     subjects = {"student": BoxSubject(torch.no_grad()(TappedDetector(handle, handle.info).eval()),
                                       handle.info.preprocessing)}  # fmt: skip
-    source, augment = run.task.open_images(run.recipe, "eval"), run.recipe.data.boxes.augment
+    source, augment = run.task.open_images("eval"), run.recipe.data.boxes.augment
     shown = look(subjects, source, torch.device("cpu"), len(source), augment)[1]
     assert shown.image.tobytes() == image.image.tobytes()
     seen = shown.found["student"]

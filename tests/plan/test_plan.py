@@ -106,19 +106,19 @@ def test_a_teacher_that_is_trained_first_is_planned_as_its_recipe_says(capsys):
 
 
 def test_the_gate_and_what_it_measured(tmp_path):
-    teacher = {**TEACHER, "gate": {"min_top1": 60, "samples": 100}}
+    teacher = {**TEACHER, "gate": {"min_score": 60, "samples": 100}}
     run = recipe(tmp_path, {"teacher": teacher, "methods": {"kd": {}}})
     assert "must reach top-1 at least 60 on 100 held-out images" in describe(plan_recipe(run))
     JsonLines(tmp_path, 0).write({"step": 0, "gate": "teacher", "top1": 71.25, "top1_as_fed": 70.0})
     plan = plan_recipe(run)
-    assert plan["gates"]["teacher"]["measured_top1"] == 71.25
+    assert plan["gates"]["teacher"]["measured"] == 71.25
     assert "it reached 71.2 (70.0 as training feeds it)" in describe(plan)
     off = recipe(tmp_path, {"teacher": {**TEACHER, "gate": {"enabled": False}}, "methods": {"kd": {}}})
     assert "teacher is not measured" in describe(plan_recipe(off))
 
 
 def test_a_detector_is_planned_by_its_shortest_side_and_precision(tmp_path):
-    teacher = {"model": MODEL, "kwargs": SIZES, "pretrained": False, "num_classes": 3, "gate": {"min_ap": 20}}
+    teacher = {"model": MODEL, "kwargs": SIZES, "pretrained": False, "num_classes": 3, "gate": {"min_score": 20}}
     plan = plan_recipe(detection_recipe(tmp_path, {"teacher": teacher, "student": {"num_classes": 3}}))
     assert plan["networks"]["student"]["shortest_side"] == 64 and "image_size" not in plan["networks"]["student"]
     assert plan["augmentation"] == ["flip"]
@@ -128,4 +128,4 @@ def test_a_detector_is_planned_by_its_shortest_side_and_precision(tmp_path):
     assert "teacher must reach AP at least 20 on 256 held-out images" in describe(plan)
     JsonLines(tmp_path, 0).write({"step": 0, "gate": "teacher", "ap": 31.25, "ap_as_fed": 30.0})
     gate = plan_recipe(detection_recipe(tmp_path, {"teacher": teacher, "student": {"num_classes": 3}}))["gates"]
-    assert (gate["teacher"]["measured_ap"], gate["teacher"]["measured_ap_as_fed"]) == (31.25, 30.0)
+    assert (gate["teacher"]["measured"], gate["teacher"]["measured_as_fed"]) == (31.25, 30.0)

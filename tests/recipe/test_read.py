@@ -17,7 +17,7 @@ MINIMAL = "student: {model: test_resnet}\ndata: {path: builtin:digits}\ntrain: {
 FULL = """\
 student: {model: test_vit, drop_path: 0.1, kwargs: {depth: 2}}
 teachers:
-  a: {model: test_resnet, gate: {min_top1: 50}}
+  a: {model: test_resnet, gate: {min_score: 50}}
   b: {recipe: other.yaml, mode: batch_stats}
 baseline: 71.5
 methods:
@@ -88,10 +88,10 @@ def test_overrides_win_and_the_last_one_counts(file):
 
 def test_overrides_reach_any_depth_and_make_blocks(file):
     recipe = load_recipe(
-        file(MINIMAL), ["data.augment.crop.padding=2", "teacher.model=a/b", "teacher.gate.min_top1=80", "methods.kd="]
+        file(MINIMAL), ["data.augment.crop.padding=2", "teacher.model=a/b", "teacher.gate.min_score=80", "methods.kd="]
     )
     assert recipe.data.augment.crop.padding == 2
-    assert recipe.teacher.gate.min_top1 == 80
+    assert recipe.teacher.gate.min_score == 80
     assert list(recipe.methods) == ["kd"]
 
 

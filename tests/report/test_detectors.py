@@ -49,7 +49,7 @@ def test_closing_text_and_its_line_that_loads(run):
 
 
 def test_networks_of_other_classes_are_left_out_of_the_picture(run):
-    source = run.task.open_images(run.recipe, "eval")
+    source = run.task.open_images("eval")
     networks = {"student": run.task.load(str(run.student), pretrained=True)}
     alone, _ = side_by_side(networks, source, run.recipe, "cpu")
     networks["teacher"] = run.task.load(MODEL, kwargs=SIZES, num_classes=7)

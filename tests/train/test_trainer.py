@@ -293,9 +293,9 @@ def test_bf16_is_close_to_fp32(tmp_path):
 
 
 def test_gate_refuses_a_teacher_that_guesses(tmp_path):
-    teacher = merged(TEACHER, {"gate": {"enabled": True, "samples": 200, "min_top1": 60}})
+    teacher = merged(TEACHER, {"gate": {"enabled": True, "samples": 200, "min_score": 60}})
     trainer = DistillTrainer(recipe(tmp_path, {"teacher": teacher, "methods": {"kd": {}}}))
-    with pytest.raises(UserError, match=r"below gate\.min_top1 = 60"):
+    with pytest.raises(UserError, match=r"below gate\.min_score = 60"):
         trainer.train()
     assert not (tmp_path / "checkpoints").exists()
 

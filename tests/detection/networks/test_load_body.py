@@ -20,6 +20,7 @@ from kd_hf.plan.describe import describe, plan_recipe
 from kd_hf.recipe.config import Recipe
 from kd_hf.recipe.read import load_recipe
 from kd_hf.recipe.resolved import dump_recipe, recipe_hash
+from kd_hf.tasks import open_task
 from kd_hf.train.smoke import smoke_recipe
 from tests.detection.detectors import TINY
 from tests.hub.server import serve
@@ -131,8 +132,8 @@ def test_the_weights_of_a_whole_detector_come_first(tmp_path):
     assert same(load_detector(folder, pretrained=True, body="no/where"), whole) == everything
     for student in ({"weights": folder}, {"model": folder, "kwargs": {}}):
         run = detection(tmp_path, {"student": {"body": "no/where", **student}})
-        assert same(load_network(run.student, run, 5), whole) == everything
-        assert "with the body" not in load_network(run.student, run, 5, "meta").info.name
+        assert same(load_network(run.student, open_task(run), 5), whole) == everything
+        assert "with the body" not in load_network(run.student, open_task(run), 5, "meta").info.name
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_a_recipe_reads_it_from_the_hub_at_a_revision(tmp_path, hub):
     parts = assemble(newest, 5)
     assert parts.student.note()["revision"] == second
     assert f"student  kd_hf/vidt_tiny with the body of {ON_HUB} (" in announce(parts, {"train": "", "eval": ""}, "")[0]
-    handle = load_network(older.student, older, 5)
+    handle = load_network(older.student, open_task(older), 5)
     assert handle.note()["revision"] == first
     torch.manual_seed(1)
     weights = vidt(folder).network.backbone.state_dict()
@@ -223,7 +224,7 @@ def test_the_recipe_says_so(tmp_path):
     (tmp_path / "resolved.yaml").write_text(dump_recipe(run))
     assert recipe_hash(load_recipe(tmp_path / "resolved.yaml")) == recipe_hash(run)
     without = detection(tmp_path, {"student": {"body": "no/where", "pretrained": False}})
-    assert load_network(without.student, without, 5).note()["name"] == "kd_hf/vidt_tiny"
+    assert load_network(without.student, open_task(without), 5).note()["name"] == "kd_hf/vidt_tiny"
     with pytest.raises(UserError, match=r"student.body. is for detectors \(`data.boxes`\)"):
         load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"student.body={ON_HUB}"])
 
@@ -237,7 +238,7 @@ def test_vidts_recipes_begin_with_microsofts_swin(name, size):
     assert run.student.body == f"timm/swin_{size}_patch4_window7_224.ms_in1k" and run.student.pretrained
     file = timm.get_pretrained_cfg(run.student.body.removeprefix("timm/")).url
     assert file.endswith(f"storage/releases/download/v1.0.0/swin_{size}_patch4_window7_224.pth")
-    detector = load_network(run.student, run, 91, "meta")
+    detector = load_network(run.student, open_task(run), 91, "meta")
     swin = load_model(run.student.body, device="meta")
     assert len(fit_body(swin.network.state_dict(), detector.network.state_dict(), swin.info.name)) > 150
 

@@ -24,7 +24,7 @@ from kd_hf.distillation.assembly import assemble
 from kd_hf.distillation.cost import step_cost
 from kd_hf.recipe.config import Recipe
 from kd_hf.recipe.read import load_recipe
-from kd_hf.tasks import task_of
+from kd_hf.tasks import open_task
 from kd_hf.train.feed import Lesson
 from kd_hf.train.optim import build_optimizer
 from kd_hf.train.smoke import num_classes, smoke_recipe
@@ -114,7 +114,7 @@ def step_speed(bench: Bench, name: str, case: Case, compiled: bool) -> None:
     recipe = fitted(case, bench, scratch(bench, check), f"train.torch_compile={str(compiled).lower()}")
     classes = num_classes(recipe)
     detection = recipe.data.boxes is not None
-    source = task_of(recipe).noise(4 * case.batch, 1000, classes) if detection else Photos(case.batch, classes)
+    source = open_task(recipe).noise(4 * case.batch, 1000, classes) if detection else Photos(case.batch, classes)
     device = torch.device(bench.device)
     with using(bench):
         step = TrainerStep(recipe, source)
