@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from kd_hf.methods.base import OF_STUDENT, Method, MethodConfig, Moment, Needs, 
 from kd_hf.models.parts import AFTER, HEAD, NORM
 from kd_hf.models.taps import check_tap
 from kd_hf.outputs import Outputs, Target
+
+if TYPE_CHECKING:
+    from kd_hf.tasks.base import Task
 
 CLASSES, BATCH, GRID = 11, 6, 4
 
@@ -423,3 +426,52 @@ def _check_reload(case: _Case, batch: _Batch) -> None:
     assert all(torch.equal(value, two[name]) for name, value in one.items()), "loading a state_dict changes the losses"
     own = sum(parameter.numel() for parameter in built.parameters())
     assert built.cost().parameters == own, f"cost() counts {built.cost().parameters} parameters, there are {own}"
+
+
+def check_task(task: Task, images: int = 8) -> None:
+    """Check what the trainer relies on of a task, with the student of its recipe at random weights, on noise.
+
+    Args:
+        task: opened from a recipe; its data are not read.
+        images: of noise.
+
+    Raises:
+        AssertionError: it does not keep the contract.
+    """
+    from kd_hf.process import build_accelerator
+
+    recipe = task.recipe
+    assert task.pipeline_tag == recipe.task, f"its pipeline_tag is {task.pipeline_tag}, the recipe's task {recipe.task}"
+    assert task.score.key and task.score.name and "{data}" in task.words.limit
+    cfg, source = recipe.student, task.noise(images, recipe.data.image_size or 32, recipe.student.num_classes or 5)
+    assert len(source) == images and source.describe()
+    student = task.load(str(cfg.model), pretrained=False, num_classes=cfg.num_classes or source.num_classes,
+                        kwargs=cfg.kwargs, image_size=cfg.image_size or recipe.data.image_size)  # fmt: skip
+    task.check_classes(student.info, source)
+    model = task.tapped(student, student.info, ())
+    views = {"student": replace(student.info.preprocessing, image_size=recipe.data.image_size or 32)}
+    accelerator = build_accelerator(recipe.train)
+    outputs = model.eval()(task.example(views["student"], accelerator.device))
+    assert isinstance(outputs, Outputs) and outputs.logits.isfinite().all(), "a tapped network gives finite Outputs"
+
+    def batches(world: int, rank: int, start: int) -> list[Any]:
+        position = {
+            "per_device": 4 // world,
+            "world": world,
+            "rank": rank,
+            "accumulation": 1,
+            "seed": recipe.train.seed,
+        }
+        position |= {"start_step": start, "total_steps": 2, "workers": 0, "prefetch_factor": 1}
+        return list(task.batches(source, views, **position, pin_memory=False))
+
+    whole, later = batches(1, 0, 0), batches(1, 0, 1)
+    assert len(whole) == 2 and later[0].key.equal(whole[1].key), "a batch is a function of its number"
+    parts = [batches(2, rank, 0)[0].key for rank in (0, 1)]
+    assert torch.cat(parts).sort().values.equal(whole[0].key.sort().values), "two ranks share the batch of one"
+    inputs, target = task.stage(source, views, student.info)(whole[0])
+    assert inputs.keys() == views.keys() and all(tensor is not None for tensor in target.tensors())
+    model(inputs["student"])
+    measured = task.evaluator({"student": model}, views["student"], {}, source, accelerator)()
+    assert "samples" in measured, "an evaluation says how many images it measured"
+    assert all(isinstance(word, str) for word in (*task.drawn(), *task.augmentation(), *task.size_of(views["student"])))
