@@ -69,7 +69,7 @@ class PKT(Method):
         if self.cfg.gather:
             vectors = gathered(vectors[0]), gathered(vectors[1])
         p, q = (neighbours(rows) for rows in vectors)
-        return {"neighbours": (q * ((q + EPSILON).log() - (p + EPSILON).log())).mean()}
+        return {"neighbours": (q * ((q + EPSILON) / (p + EPSILON)).log()).mean()}
 
 
 def neighbours(vectors: Tensor) -> Tensor:

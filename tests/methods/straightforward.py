@@ -263,15 +263,20 @@ def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0, squared=False
 
 
 def attention(feature, p=2):
-    return F.normalize(feature.abs().pow(p).mean(1).flatten(1), dim=1)
+    return F.normalize(feature.pow(p).mean(1).flatten(1), dim=1)
+
+
+def pooled(feature, other):
+    """A map, averaged to a square of the other's height where it is higher."""
+    side = other.shape[2]
+    return F.adaptive_avg_pool2d(feature, (side, side)) if feature.shape[2] > side else feature
 
 
 def at(students, teachers):
     """Squared differences of attention maps, summed over stages; the higher map is pooled to the other's height."""
     total = 0.0
     for student, teacher in zip(students, teachers, strict=True):
-        side = min(student.shape[2], teacher.shape[2])
-        ours, theirs = (F.adaptive_avg_pool2d(map_, side) for map_ in (student, teacher))
+        ours, theirs = pooled(student, teacher), pooled(teacher, student)
         total = total + (attention(ours) - attention(theirs)).square().mean()
     return total
 
@@ -280,8 +285,7 @@ def vid(students, teachers, stages):
     """Negative log-likelihoods of the teacher's maps, summed over stages, from regressors and λ per channel."""
     total = 0.0
     for student, teacher, stage in zip(students, teachers, stages, strict=True):
-        side = min(student.shape[2], teacher.shape[2])
-        ours, theirs = (F.adaptive_avg_pool2d(map_, side) for map_ in (student, teacher))
+        ours, theirs = pooled(student, teacher), pooled(teacher, student)
         variance = torch.log(1 + stage.log_scale.exp()) + 1e-5
         variance = variance.view(1, -1, 1, 1).expand_as(theirs)
         total = total + (0.5 * ((stage.regressor(ours) - theirs) ** 2 / variance + variance.log())).mean()
