@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_hf.errors import UserError
 from kd_hf.info import ModelInfo, Shapes
 from kd_hf.methods.base import Cost, Method, Needs, Reference, require_teacher
-from kd_hf.methods.losses import batch_mean, frozen, full_precision
+from kd_hf.methods.losses import frozen, full_precision, squared_distance
 from kd_hf.methods.projectors import Connector, kernel_macs
 from kd_hf.methods.stages import StagePairs
 from kd_hf.models.parts import NORM
@@ -96,9 +96,11 @@ class OFD(Method):
             feature = full_precision(connector(student.taps[role]))
             goal = frozen(teacher.taps[role])
             goal = goal if goal.shape[2:] == grid else F.adaptive_avg_pool2d(goal, grid)
-            excess = feature - torch.maximum(goal, self.get_buffer(f"margin_{role}"))
-            excess = torch.where(goal > 0, excess, excess.clamp(min=0))
-            losses[role] = 0.5 ** (len(self.roles) - 1 - index) * batch_mean(excess.square().sum((1, 2, 3)))
+            with torch.no_grad():
+                bound = torch.maximum(goal, self.get_buffer(f"margin_{role}"))
+                # what need not be followed is its own goal: no difference and no gradient
+                bound = torch.where((goal > 0) | (feature > bound), bound, feature)
+            losses[role] = 0.5 ** (len(self.roles) - 1 - index) * squared_distance(feature, bound)
         return losses
 
     def cost(self) -> Cost:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_hf.info import ModelInfo
 from kd_hf.methods.base import Method, MethodConfig, Needs, Reference, require_teacher
-from kd_hf.methods.losses import divergence, frozen, full_precision
+from kd_hf.methods.losses import frozen, full_precision
 from kd_hf.outputs import Outputs, Target
 
 
@@ -18,7 +18,7 @@ class WTTM(Method):
     """``match = 1/B Σ_b U_b KL(q^γ_b / U_b ‖ p_b)`` with U_b = Σ_k q_bk^γ; p and q at temperature 1.
 
     U lies between 1 (a certain teacher) and K^(1-γ) (a uniform one) for γ < 1. As in `ttm`, the distribution is
-    ``softmax(γ z_t)`` and there is no factor T²; U comes from log-sum-exps, as a power of q would underflow.
+    ``softmax(γ z_t)``, without a factor T²; powers are taken of exp(z_t - max z_t), as those of q would underflow.
 
     The paper's weight and γ vary by pair; the defaults are the one published setting, which is for use beside `crd`.
     """
@@ -51,8 +51,10 @@ class WTTM(Method):
         """Return ``{"match": scalar}``."""
         assert teacher is not None
         logits = frozen(teacher.logits)
-        powers = self.cfg.gamma * logits
-        total = powers.logsumexp(1, keepdim=True)
-        log_u = total - self.cfg.gamma * logits.logsumexp(1, keepdim=True)
+        logits = logits - logits.amax(1, keepdim=True)
+        log_powers = self.cfg.gamma * logits
+        powers = log_powers.exp()
+        total = powers.sum(1, keepdim=True)
+        rows = powers / logits.exp().sum(1, keepdim=True) ** self.cfg.gamma  # U q^γ / U
         log_p = full_precision(student.logits).log_softmax(1)
-        return {"match": divergence(log_p, powers - total, counted=log_u.exp()[:, 0])}
+        return {"match": (rows * (log_powers - total.log() - log_p)).sum() / len(rows)}

@@ -347,13 +347,15 @@ def regions(feature, classifier, scales=(1, 2, 4)):
 def sdd(student, teacher, label, temperature=4.0, alpha=1.0, beta=8.0):
     """DKD of every region's logits ``[B, R, K]``, twice where the teacher is right about one of region and whole."""
     right = teacher.argmax(2) == label[:, None]
-    total = 0.0
-    for place in range(student.shape[1]):
-        for row in range(len(student)):
-            pair = student[row, place][None], teacher[row, place][None]
-            weight = 2.0 if right[row, place] != right[row, 0] else 1.0
-            total = total + weight * dkd(*pair, label[row : row + 1], temperature, alpha, beta)
-    return total / (student.shape[0] * student.shape[1])
+    weights = 1.0 + (right != right[:, :1]).to(student.dtype)
+    hit = F.one_hot(label, student.shape[2]).bool()[:, None]
+    p, q = (F.softmax(logits / temperature, dim=2) for logits in (student, teacher))
+    p, q = (torch.stack([(rows * hit).sum(2), (rows * ~hit).sum(2)], dim=2) for rows in (p, q))
+    binary = F.kl_div(p.log(), q, reduction="none").sum(2)
+    log_p = F.log_softmax(student / temperature - 1000.0 * hit, dim=2)
+    q = F.softmax(teacher / temperature - 1000.0 * hit, dim=2)
+    rest = F.kl_div(log_p, q, reduction="none").sum(2)
+    return temperature**2 * (weights * (alpha * binary + beta * rest)).mean()
 
 
 def ofa(student, teacher, label, eps, temperature=1.0):

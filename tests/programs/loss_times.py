@@ -21,7 +21,7 @@ from functools import reduce
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_hf.data.noise import NoiseSource
 from kd_hf.info import Shapes
@@ -30,22 +30,29 @@ from kd_hf.methods.base import Method
 from kd_hf.methods.cls_kd import ClsKD
 from kd_hf.methods.crd import CRD
 from kd_hf.methods.cross_attention import CrossAttentionProjector
+from kd_hf.methods.ctkd import CTKD
 from kd_hf.methods.deit_soft import DeiTSoft
 from kd_hf.methods.dist import DIST
 from kd_hf.methods.dkd import DKD
 from kd_hf.methods.kd import KD
 from kd_hf.methods.manifold import Manifold
 from kd_hf.methods.mgd import MGD
+from kd_hf.methods.mlkd import MLKD
 from kd_hf.methods.nkd import NKD
+from kd_hf.methods.ofd import OFD
 from kd_hf.methods.orthogonal import OrthogonalProjection
 from kd_hf.methods.pkt import PKT
+from kd_hf.methods.reviewkd import ReviewKD
 from kd_hf.methods.rkd import RKD
 from kd_hf.methods.scalekd import ScaleKD
+from kd_hf.methods.sdd import SDD
 from kd_hf.methods.sp import SP
+from kd_hf.methods.ttm import TTM
 from kd_hf.methods.uskd import USKD
 from kd_hf.methods.vid import VID
 from kd_hf.methods.vitkd import ViTKD
 from kd_hf.methods.wsld import WSLD
+from kd_hf.methods.wttm import WTTM
 from kd_hf.outputs import Outputs, Target
 from tests.methods import straightforward
 
@@ -256,6 +263,67 @@ def stage_cases() -> dict[str, Case]:
     }
 
 
+def matching_cases() -> dict[str, Case]:
+    """Losses on logits of tables: powers of the teacher's distribution, a learned temperature, two views."""
+    plain, (student, strong) = straightforward, (leaf(BATCH, CLASSES), leaf(BATCH, CLASSES))
+    teacher, strong_teacher = (2 * torch.randn(BATCH, CLASSES) for _ in range(2))
+    target = Target(torch.randint(CLASSES, (BATCH,)))
+    given = Outputs(student, strong=Outputs(strong)), Outputs(teacher, strong=Outputs(strong_teacher)), target
+    ctkd, reversal = build(CTKD), torch.tensor(-1.0)
+    return {
+        "ttm": Case(total(build(TTM), *given), lambda: plain.ttm(student, teacher, 0.1), [student]),
+        "wttm": Case(total(build(WTTM), *given), lambda: plain.ttm(student, teacher, 0.2, True), [student]),
+        "ctkd": Case(
+            total(ctkd, *given, {"reversal": reversal}),
+            lambda: plain.deit_soft(student, teacher, ctkd.temperature(reversal)),
+            [student, ctkd.level],
+        ),
+        "mlkd": Case(
+            total(build(MLKD), *given), lambda: plain.mlkd(student, teacher, strong, strong_teacher), [student, strong]
+        ),
+    }
+
+
+def reviewed_cases() -> dict[str, Case]:
+    """Losses on the maps of resnet32x4 and resnet8x4 before their ReLUs, on regions of the last, and on its heads."""
+    plain, sizes = straightforward, [(64, 32, 32), (128, 16, 16), (256, 8, 8)]
+    ours, theirs = [leaf(BATCH, *size) for size in sizes], [torch.randn(BATCH, *size) for size in sizes]
+    stages = {f"stage_{place}": size for place, size in enumerate(sizes, 1)}
+    norms = {role: nn.BatchNorm2d(size[0]) for role, size in stages.items()}
+    ofd = OFD(OFD.Config(), *(Shapes(CLASSES, stages) for _ in range(2)), norms)
+    margins = [ofd.get_buffer(f"margin_{role}") for role in stages]
+    levels = {"pooled": (256,)} | {f"level{place}": size for place, size in enumerate(reversed(sizes), 1)}
+    reviewkd = build(ReviewKD, levels, levels)
+    pooled, pooled_t = leaf(BATCH, 256), torch.randn(BATCH, 256)
+    reviewed = [[vector, *reversed(maps)] for vector, maps in ((pooled, ours), (pooled_t, theirs))]
+
+    heads, label = [nn.Linear(256, 100) for _ in range(2)], torch.randint(100, (BATCH,))
+    parts = dict(zip(("student:head", "head"), heads, strict=True))
+    sdd = SDD(SDD.Config(), *(Shapes(100, {"feature": sizes[-1]}) for _ in range(2)), parts)
+    last = tapped({"feature": ours[-1]}, {"feature": theirs[-1]})[:2]
+
+    def plain_sdd() -> Tensor:
+        with torch.no_grad():
+            reference = plain.regions(theirs[-1], heads[1])
+        return plain.sdd(plain.regions(ours[-1], heads[0]), reference, label)
+
+    return {
+        "ofd": Case(
+            total(ofd, *tapped(*(dict(zip(stages, maps, strict=True)) for maps in (ours, theirs)))),
+            lambda: plain.ofd(ours, theirs, ofd.connectors, margins),
+            [*ours, *ofd.parameters()],
+            rounds=9,
+        ),
+        "reviewkd": Case(
+            total(reviewkd, *tapped(*(dict(zip(levels, maps, strict=True)) for maps in reviewed))),
+            lambda: plain.reviewkd(*reviewed, reviewkd.levels),
+            [pooled, *ours, *reviewkd.parameters()],
+            rounds=5,
+        ),
+        "sdd": Case(total(sdd, *last, Target(label)), plain_sdd, [ours[-1], *heads[0].parameters()]),
+    }
+
+
 GROUPS: Mapping[str, Callable[[], dict[str, Case]]] = {
     "kd nkd dkd wsld deit_soft uskd": logit_cases,
     "manifold cls_kd vitkd": token_cases,
@@ -263,6 +331,8 @@ GROUPS: Mapping[str, Callable[[], dict[str, Case]]] = {
     "vkd_projector": projector_cases,
     "rkd pkt sp dist crd": relation_cases,
     "at vid": stage_cases,
+    "ttm wttm ctkd mlkd": matching_cases,
+    "ofd reviewkd sdd": reviewed_cases,
 }
 
 
