@@ -17,6 +17,7 @@ from kd_hf.data.noise import NoiseSource
 from kd_hf.distillation.assembly import Assembly, assemble
 from kd_hf.distillation.choices import weights_at
 from kd_hf.distillation.module import DistillModule
+from kd_hf.distillation.sharding import prepare
 from kd_hf.distillation.teacher import Teacher
 from kd_hf.draws import Draws, hash_key
 from kd_hf.methods import get_method, method_names
@@ -24,6 +25,7 @@ from kd_hf.methods.base import Moment
 from kd_hf.outputs import Outputs, Target
 from kd_hf.process import build_accelerator
 from kd_hf.recipe.config import Recipe, TrainConfig
+from kd_hf.train.optim import build_optimizer
 from tests.runs import merged
 
 CLASSES, PER_RANK, RANKS = 7, 4, 2
@@ -191,7 +193,10 @@ def main(folder: Path) -> None:
     for case in CASES:
         step = Step(case)
         accelerator = build_accelerator(step.recipe.train)
-        wrapped = accelerator.prepare(step.module)
+        optimizer = build_optimizer(step.module, step.recipe.train)
+        wrapped, _ = prepare(accelerator, step.module, optimizer, step.parts.student.info, None)
+        names = {f"methods.{step.name}.{name}" for name in step.module.methods[step.name].kept_equal}
+        assert names <= wrapped.parameters_to_ignore, "what processes keep equal themselves is sent before every step"
         rank = accelerator.process_index
         gradients = step.gradients(rows_of(step, rank), wrapped)
         save_file({**gradients, **step.kept_equal()}, folder / f"{case}.{rank}.safetensors")
