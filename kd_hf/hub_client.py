@@ -61,6 +61,35 @@ def _pause(error: BaseException, least: float) -> float | None:
     return min(max(least, reset, float(asked) if asked.isdigit() else 0.0), _LONGEST_WAIT)
 
 
+def hub_answers(seconds: float = 10.0) -> bool:
+    """Whether the Hub can be reached, by one request; the client itself would try for half a minute."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except (errors.HTTPError, OSError):  # offline mode is an OSError
+        return False
+    return True
+
+
+@contextmanager
+def hub_left_alone() -> Iterator[None]:
+    """Offline mode for a while: what lies in the caches is found, and nothing else is asked for."""
+    import datasets
+    from huggingface_hub import constants
+
+    switches: tuple[Any, ...] = (constants, datasets.config)
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    try:
+        for switch in switches:
+            switch.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value
+
+
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Keep the client's progress bars out of what the training shows."""

@@ -104,7 +104,7 @@ def _read_labels(source: str | Path, count: int) -> tuple[str, ...]:
 
     path = Path(source)
     try:
-        names = path.read_text(encoding="utf-8").split("\n")
+        names = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         if str(source) != IMAGENET:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
@@ -115,4 +115,8 @@ def _read_labels(source: str | Path, count: int) -> tuple[str, ...]:
     names = [name.strip() for name in names if name.strip()]
     if len(names) != count:
         raise UserError(f"--label-names: '{source}' has {len(names)} names for {count} classes")
+    twice = next((number for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None:
+        first = names.index(names[twice])
+        raise UserError(f"--label-names: '{source}' calls the classes {first} and {twice} '{names[twice]}'; rename one")
     return tuple(names)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 LABEL_NAMES = ("label", "labels")
+LABEL_TYPES = ("int", "uint", "bool", "float", "string", "large_string")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Columns:
     image: str
     label: str
     class_names: tuple[str, ...] | None
+    plain: bool = True
+    """Whether labels are class numbers as they are, and not something that has to be numbered."""
 
 
 def find_columns(features: Any, cfg: DataConfig) -> Columns:
@@ -45,9 +48,9 @@ def find_columns(features: Any, cfg: DataConfig) -> Columns:
     feature = features[label]
     if isinstance(feature, ClassLabel):
         return Columns(image, label, tuple(feature.names))
-    if not (isinstance(feature, Value) and "int" in feature.dtype):
-        raise UserError(f"data.label_column: '{label}' holds {_type_name(feature)}, expected class labels or integers")
-    return Columns(image, label, None)
+    if not (isinstance(feature, Value) and feature.dtype.startswith(LABEL_TYPES)):
+        raise UserError(f"data.label_column: '{label}' holds {_type_name(feature)}, expected class numbers or names")
+    return Columns(image, label, None, plain="int" in feature.dtype)
 
 
 def _holds_bytes(feature: Any) -> bool:
@@ -69,11 +72,6 @@ def _pick(kind: str, wanted: str | None, found: Sequence[str], listed: str, feat
     return found[0]
 
 
-def plain_names(largest: int) -> tuple[str, ...]:
-    """Names of classes that are only numbers, up to the largest label."""
-    return tuple(str(i) for i in range(largest + 1))
-
-
 def image_bytes(value: Any) -> bytes:
     """The bytes of an undecoded image cell: binary, or a struct of bytes and path. Raises OSError for an empty one."""
     if isinstance(value, dict):
@@ -83,6 +81,12 @@ def image_bytes(value: Any) -> bytes:
     return bytes(value)
 
 
-def int_labels(column: pyarrow.ChunkedArray) -> np.ndarray:
-    """Labels as int64 ``[N]``, -1 where the cell is empty."""
-    return column.fill_null(UNLABELLED).to_numpy().astype(np.int64)
+def int_labels(column: pyarrow.ChunkedArray, where: str) -> np.ndarray:
+    """Class numbers of any integer type as int64 ``[N]``, -1 where the cell is empty."""
+    import pyarrow
+
+    try:
+        wide = column.cast(pyarrow.int64())
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"data.label_column: {where} has a label that is no class number: {error}") from None
+    return wide.fill_null(UNLABELLED).to_numpy()

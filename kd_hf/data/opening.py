@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd_hf.data.digits import DigitsSource
-from kd_hf.data.source import GIVEN_DATA, TABLE_PATTERNS
+from kd_hf.data.place import holds_tables, local_folder, packed_file, with_local_path
 from kd_hf.errors import UserError, nearest
 from kd_hf.recipe.config import DataConfig
 
@@ -25,26 +25,26 @@ def open_source(cfg: DataConfig, split: Split, seed: int = 0) -> Source:
     Raises:
         UserError: the data, split or columns do not exist, or more labels are asked for than there are.
     """
-    return with_labels(_open(cfg, split), cfg, split, seed)
+    return with_labels(_open(with_local_path(cfg), split), cfg, split, seed)
 
 
 def with_labels(source: Source, cfg: DataConfig, split: Split, seed: int = 0) -> Source:
     """The source with the labels that the recipe's `data` block leaves it; see :func:`open_source`."""
     if len(source) == 0:
-        raise UserError(f"data.path: no images in {source.describe()}")
-    source.hold = cfg.hold
-    if split == "eval" or (cfg.num_labels is None and cfg.unlabelled == "keep"):
-        return source
-    from kd_hf.data.labels import LabelSubset
+        raise UserError(f"data.path: no images in {source.describe()}" + (f"; {source.note}" if source.note else ""))
+    labelled = source
+    if split == "train":
+        from kd_hf.data.labels import LabelSubset, WithUnlabelled, unlabelled_folder
 
-    subset = LabelSubset(source, cfg.num_labels, cfg.unlabelled, seed)
-    subset.revision, subset.hold = source.revision, cfg.hold
-    return subset
+        folder = unlabelled_folder(cfg)
+        labelled = source if folder is None else WithUnlabelled(source, folder)
+        if cfg.num_labels is not None or cfg.unlabelled == "drop":
+            labelled = LabelSubset(labelled, cfg.num_labels, cfg.unlabelled == "drop", seed)
+    labelled.revision, labelled.hold = source.revision, cfg.hold
+    return labelled
 
 
 def _open(cfg: DataConfig, split: Split) -> Source:
-    if cfg.path == GIVEN_DATA:
-        raise UserError("data.path: the images of this run were handed over in Python; give them again, or a path")
     if cfg.path.startswith("builtin:"):
         if cfg.path != "builtin:digits":
             raise UserError(f"data.path: unknown built-in data '{cfg.path}'.{nearest(cfg.path, ['builtin:digits'])}")
@@ -52,11 +52,13 @@ def _open(cfg: DataConfig, split: Split) -> Source:
     from kd_hf.data.folders import FolderSource
     from kd_hf.data.tables import open_files
 
-    folder = Path(cfg.path).expanduser()
-    if folder.is_dir():
-        listed = cfg.data_files or any(any(folder.glob(pattern)) for pattern in TABLE_PATTERNS)
-        return open_files(cfg, split) if listed else FolderSource(folder, cfg, split)
-    if folder.is_absolute() or cfg.path.startswith((".", "~")) or cfg.path.count("/") > 1:
-        near = nearest(folder.name, [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else [])
-        raise UserError(f"data.path: the folder '{cfg.path}' does not exist.{near}")
-    return open_files(cfg, split)
+    folder = local_folder(cfg)
+    if folder is None or cfg.data_files or holds_tables(folder):
+        return open_files(cfg, split)
+    try:
+        return FolderSource(folder, cfg, split)
+    except UserError as error:
+        archive = packed_file(folder)
+        if archive is None:
+            raise
+        raise UserError(f"{error}; {Path(folder, archive)} has to be unpacked first") from error

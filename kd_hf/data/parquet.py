@@ -91,10 +91,14 @@ class ParquetFiles:
             place = f"row group {index} of {self.files[file]}"
             raise UserError(f"data.path: cannot read {place}: {plain_reason(error)}; {CONTINUE}") from error
 
-    def read_column(self, name: str) -> list[pyarrow.ChunkedArray]:
-        """One column whole, by row group."""
+    def read_column(self, name: str) -> pyarrow.ChunkedArray:
+        """One column whole."""
+        import pyarrow
+
         with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(lambda group: self.read(group, [name]).column(name), range(len(self.groups))))
+            parts = list(pool.map(lambda group: self.read(group, [name]).column(name), range(len(self.groups))))
+        kind = self.footers[0].schema.to_arrow_schema().field(name).type
+        return pyarrow.chunked_array([chunk for part in parts for chunk in part.cast(kind).chunks], kind)
 
 
 def _class_names(schema: pyarrow.Schema, label: str) -> list[str] | None:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 CropBox = tuple[int, int, int, int]
@@ -28,8 +28,17 @@ EXIF_WARNINGS = (  # Pillow 12 and 13 say it in different words
     "|Tag offset too large|Tag data larger than file"
 )
 JPEG_START, JPEG_FRAMES = b"\xff\xd8\xff", (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+DEEP = ("I", "F")  # modes of more than 8 bits, as Pillow calls them
 ANTIALIASED = ("bilinear", "bicubic")  # what torch has with antialiasing
 TALL = 100  # height ÷ width above which PIL resizes the columns before the rows
+# what Pillow decodes by itself (MPO as JPEG); others start programs, such as Ghostscript for EPS, or are for documents
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM",  # Pillow knows these at once, the others take it a moment
+           "WEBP", "TIFF", "AVIF", "JPEG2000", "DIB", "ICO", "PCX", "QOI", "SGI", "TGA")  # fmt: skip
+IMAGE_SUFFIXES = (".apng", ".avif", ".avifs", ".bmp", ".bw", ".dib", ".gif", ".icb", ".ico", ".j2c", ".j2k", ".jfif",
+                  ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm",
+                  ".png", ".pnm", ".ppm", ".qoi", ".rgb", ".rgba", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst",
+                  ".webp")  # fmt: skip
+"""Names of files in these formats, as Pillow registers them."""
 
 
 class UnreadableImage(Exception):
@@ -88,21 +97,39 @@ class PilPicture:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode to RGB: 16-bit grey by its high byte, alpha dropped, EXIF orientation ignored (as timm does).
+    """Decode to RGB: alpha dropped, EXIF orientation ignored (as timm does), deep grey as :func:`_eight_bits` says.
 
     Raises:
-        UnreadableImage: whatever Pillow has against these bytes.
+        UnreadableImage: no image of the :data:`FORMATS`, or whatever Pillow has against these bytes.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
-        if image.mode.startswith("I"):
-            return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode.startswith(DEEP):
+            return _eight_bits(image).convert("RGB")
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("no image, or of a format that is not read here") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, …
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey in 8 bits: values up to 1 (floats) or 255 as they are, up to 65535 by their high byte.
+
+    So is a mask or a scan of 8 bits that was stored in 16. Values beyond have no white that could be known.
+    """
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= 65535:  # also NaN
+        raise UnreadableImage(f"grey values from {low:g} to {high:g}; expected 0 to 1, 0 to 255 or 0 to 65535")
+    if high > 255:
+        values = values.astype(np.uint16) >> 8
+    elif values.dtype.kind == "f" and high <= 1:
+        values = np.rint(values * np.float32(255))
+    return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 class PilDecoder:

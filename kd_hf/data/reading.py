@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from kd_hf.errors import UserError
+from kd_hf.errors import UserError, nearest
 from kd_hf.recipe.config import DataConfig
 
 # an address up to its query, which may be a kilobyte of signatures that are nobody else's business
@@ -29,29 +30,23 @@ def library_errors(cfg: DataConfig) -> Iterator[None]:
         raise
     except Exception as error:
         reason = plain_reason(error)
-        raise UserError(f"data.path: '{cfg.path}': {reason}.{_advice(error, reason)}") from error
+        raise UserError(f"data.path: '{cfg.path}': {reason}.{_advice(error, reason, cfg.path)}") from error
 
 
-def _advice(error: Exception, reason: str) -> str:
+def _advice(error: Exception, reason: str, path: str) -> str:
     from datasets.exceptions import DatasetNotFoundError
 
+    here = nearest(Path(path).name, [entry.name for entry in Path(path).parent.glob("*")])
+    near = f" (there is no '{path}' here.{here})" if "Did you mean" in here else ""
     missing = isinstance(error, DatasetNotFoundError)
     silent = isinstance(error, ConnectionError) or "LocalEntryNotFoundError" in reason
     cases = (
         ("gated" in reason.lower(), " Accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"),
         ("Invalid credentials" in reason, " Renew HF_TOKEN, or run `hf auth login`"),
         (missing and "Revision" in reason, " Check `data.revision`"),
-        (missing, " Check the spelling; a private one needs `hf auth login` or HF_TOKEN"),
+        (missing, f" Check the spelling{near}; a private one needs `hf auth login` or HF_TOKEN"),
         ("BuilderConfig" in reason or "Config name is missing" in reason, " Set `data.name` to one of these"),
-        (silent, " Check the network (and HF_HUB_OFFLINE), or give a local folder"),
+        (silent, f" Check the network (and HF_HUB_OFFLINE), or give a local folder{near}"),
         (isinstance(error, FileNotFoundError), " Check `data.path` and `data.data_files`"),
     )
     return next((advice for applies, advice in cases if applies), "")
-
-
-def check_labels(smallest: int, largest: int, names: Sequence[str] | None, where: str) -> None:
-    """Raise :class:`UserError` for labels that are no class numbers: below -1 (none), or beyond the `names`."""
-    if smallest < -1:
-        raise UserError(f"data.label_column: {where} has the label {smallest}; expected 0, 1, 2, … (-1: no label)")
-    if names is not None and largest >= len(names):
-        raise UserError(f"data.label_column: {where} has the label {largest}, but only {len(names)} classes, from 0 on")

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kd_hf.data.columns import LABEL_NAMES, find_columns, image_bytes, int_labels, plain_names
-from kd_hf.data.reading import check_labels
+from kd_hf.data.classes import Numbered, Written, number_column, number_labels
+from kd_hf.data.columns import LABEL_NAMES, find_columns, image_bytes
+from kd_hf.data.pixels import DEEP
 from kd_hf.data.source import GIVEN_DATA, UNLABELLED, Source, Split
-from kd_hf.errors import UserError, nearest
+from kd_hf.errors import UserError
 from kd_hf.recipe.config import DataConfig
 
-TEXTS = ("string", "large_string")
 _EXPECTED = "expected a PIL image, encoded bytes or a path"
 
 
@@ -26,29 +26,22 @@ class RowSource(Source):
     Args:
         rows: of mappings, such as a ``datasets.Dataset``; see :func:`undecoded`.
         image: the column of the images.
-        labels: int64 ``[N]``, -1 where there is none.
-        names: of the classes; None where they are only numbers.
+        labels: of all rows, and the classes.
         where: place and split, for people.
         group_sizes: rows that lie together; by default all of them.
-
-    Raises:
-        UserError: a label that is no class.
     """
 
     def __init__(
         self,
         rows: Any,
         image: str,
-        labels: np.ndarray,
-        names: Sequence[str] | None,
+        labels: Numbered,
         where: str,
         group_sizes: Sequence[int] = (),
     ) -> None:
-        largest = int(labels.max(initial=UNLABELLED))
-        check_labels(int(labels.min(initial=UNLABELLED)), largest, names, where)
-        self.class_names = plain_names(largest) if names is None else tuple(names)
-        self.group_sizes = tuple(group_sizes) or (len(labels),)
-        self._rows, self._image, self._labels, self._where = rows, image, labels, where
+        self.class_names, self.note = labels.names, labels.note
+        self.group_sizes = tuple(group_sizes) or (len(labels.numbers),)
+        self._rows, self._image, self._labels, self._where = rows, image, labels.numbers, where
 
     def read(self, row: int) -> tuple[bytes, int]:
         """Encoded image and label; see :class:`Source`."""
@@ -73,7 +66,7 @@ class ItemSource(Source):
         items: the object.
         image: key of the image in an item.
         label: key of the label; None where there is none.
-        names: of the classes; None where they are only numbers, or the sorted values of labels that are text.
+        names: of the classes; None where the labels themselves tell.
         where: place and split, for people.
 
     Raises:
@@ -85,42 +78,32 @@ class ItemSource(Source):
         self.group_sizes = (len(items),)
         self._labels = np.full(len(items), UNLABELLED, np.int64) if label is None else self._targets()
         self.class_names = tuple(names or ())
-        if names is None:
-            values = self._labels.tolist() if self._labels is not None else self._values()
-            texts = sorted({value for value in values if isinstance(value, str)})
-            self.class_names = tuple(texts) or plain_names(max(values, default=UNLABELLED))
-            self._labels = np.asarray([self._number(value, row) for row, value in enumerate(values)], np.int64)
-        elif self._labels is not None:
-            check_labels(int(self._labels.min()), int(self._labels.max()), names, where)
+        if label is not None and (names is None or self._labels is not None):
+            values = self._values() if self._labels is None else self._labels.tolist()
+            numbered = number_labels(values, names, where)
+            self._labels, self.class_names, self.note = numbered.numbers, numbered.names, numbered.note
 
     def _targets(self) -> np.ndarray | None:
         targets = _find_targets(self._items)
         agree = targets is not None and len(targets) == len(self) and targets[0] == self._value(self._items[0], 0)
         return targets if agree else None
 
-    def _values(self) -> list[Any]:
+    def _values(self) -> list[Written]:
         return [self._value(self._items[row], row) for row in range(len(self))]
 
-    def _value(self, item: Any, row: int) -> int | str:
+    def _value(self, item: Any, row: int) -> Written:
         """The label of an item as it is."""
         value: Any = UNLABELLED if self._label is None else item[self._label]
         if getattr(value, "ndim", None) == 0:  # numpy and torch
             value = value.item()
-        if value is None:
-            return UNLABELLED
-        if not isinstance(value, (int, str)):
+        if value is not None and not isinstance(value, (int, float, str)):
             raise UserError(
-                f"{self._where}: the label of row {row} is a {type(value).__name__}, expected a class number"
+                f"{self._where}: the label of row {row} is a {type(value).__name__}, expected a class number or a name"
             )
         return value
 
-    def _number(self, value: int | str, row: int) -> int:
-        if isinstance(value, str):
-            if value not in self.class_names:
-                raise UserError(f"{self._where}: row {row} has the label '{value}'.{nearest(value, self.class_names)}")
-            return self.class_names.index(value)
-        check_labels(value, value, self.class_names, f"row {row} of {self._where}")
-        return value
+    def _number(self, value: Written, row: int) -> int:
+        return int(number_labels([value], self.class_names, f"row {row} of {self._where}").numbers[0])
 
     def read(self, row: int) -> tuple[bytes, int]:
         """Encoded image and label; see :class:`Source`."""
@@ -200,47 +183,25 @@ def _open_dataset(dataset: Any, name: str, cfg: DataConfig, classes: tuple[str, 
         )
     image, label, names = _find(dataset.features, cfg)
     if label is None:
-        labels = np.full(len(dataset), UNLABELLED, np.int64)
+        labels = Numbered(np.full(len(dataset), UNLABELLED, np.int64), classes or (), "")
     else:
         # not dataset.data: that knows nothing of a selection or a shuffle
         column = dataset.select_columns([label]).with_format("arrow")[:].column(label)
-        if dataset.features[label].dtype in TEXTS:
-            names = classes or tuple(sorted(filter(None, column.unique().to_pylist())))
-            labels = _number_texts(column, names, name)
-        else:
-            labels = int_labels(column)
-    return RowSource(undecoded(dataset, image), image, labels, _agreed(names, classes, name), name)
+        labels = number_column(column, _agreed(names, classes, name), name)
+    return RowSource(undecoded(dataset, image), image, labels, name)
 
 
 def _find(features: Mapping[str, Any], cfg: DataConfig) -> tuple[str, str | None, tuple[str, ...] | None]:
     """Image column, label column (None: there is no other column) and the classes that the features name."""
-    from datasets import ClassLabel, Value
+    from datasets import Value
 
     if len(features) == 1 and cfg.label_column is None:
         return find_columns({**features, LABEL_NAMES[0]: Value("int64")}, cfg).image, None, None
-    texts = {
-        name: ClassLabel(names=["text"])
-        for name in (cfg.label_column or LABEL_NAMES[0], *LABEL_NAMES)
-        if getattr(features.get(name), "dtype", None) in TEXTS
-    }
     try:
-        columns = find_columns({**features, **texts}, cfg)
+        columns = find_columns(features, cfg)
     except UserError as error:
         raise UserError(f"{error}; without labels, give dataset.select_columns of the images alone") from None
-    return columns.image, columns.label, None if columns.label in texts else columns.class_names
-
-
-def _number_texts(column: Any, names: Sequence[str], where: str) -> np.ndarray:
-    """The places of texts among `names`, int64 ``[N]``, -1 where there is none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    places = pc.index_in(column, value_set=pa.array(names, column.type))
-    unknown = column.filter(pc.and_(pc.is_null(places), pc.is_valid(column)))
-    if len(unknown):
-        text = unknown[0].as_py()
-        raise UserError(f"{where}: the training set has no class '{text}'.{nearest(text, names)}")
-    return int_labels(places)
+    return columns.image, columns.label, columns.class_names
 
 
 def _agreed(names: Sequence[str] | None, classes: tuple[str, ...] | None, where: str) -> tuple[str, ...] | None:
@@ -294,7 +255,7 @@ def _find_keys(item: Any, name: str, cfg: DataConfig) -> tuple[Any, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int) or value is None or getattr(value, "ndim", None) == 0
+    return isinstance(value, (int, float)) or value is None or getattr(value, "ndim", None) == 0
 
 
 def _is_image(value: Any) -> bool:
@@ -327,7 +288,7 @@ def encode_image(value: Any) -> bytes:
         return Path(value).read_bytes()
     if not isinstance(value, Image.Image):
         return image_bytes(value)
-    deep = value.mode.startswith("I")  # 16-bit grey, whose high byte the decoder takes
+    deep = value.mode.startswith(DEEP)  # the decoder knows what to take of it
     if value.mode == "P" and "transparency" in value.info:
         value = value.convert("RGBA")  # Pillow warns otherwise
     buffer = io.BytesIO()

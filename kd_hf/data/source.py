@@ -26,6 +26,8 @@ class Source(ABC):
     """Rows that are cheap to read together, in order; a set with random access is one group."""
     revision: str | None = None
     """The commit of the Hub repository that the rows are of; None for what does not come from there."""
+    note: str = ""
+    """What reading left out or changed, counted, in one line; empty where nothing was."""
     hold: bool | Literal["auto"] = "auto"
     """Whether decoded images are held; see `data.hold`."""
 
@@ -40,6 +42,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, row: int) -> tuple[bytes, int]:
         """Encoded image and label (-1: none). Raises OSError for a row that cannot be read."""
+
+    def place(self, row: int) -> str:
+        """Where a row comes from, for people: a file where there is one."""
+        return f"row {row}"
 
     lanes = 1
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,15 @@ from uuid import uuid4
 
 import numpy as np
 
-from kd_hf.data.columns import Columns, find_columns, image_bytes, int_labels, plain_names
+from kd_hf.data.classes import check_labels, number_column, plain_names
+from kd_hf.data.columns import Columns, find_columns, image_bytes, int_labels
 from kd_hf.data.parquet import ParquetFiles
-from kd_hf.data.reading import check_labels, library_errors
+from kd_hf.data.reading import library_errors
 from kd_hf.data.rows import RowSource, undecoded
 from kd_hf.data.source import UNLABELLED, Source, Split, choose_split
 from kd_hf.data.tars import TarSource
 from kd_hf.errors import UserError
-from kd_hf.hub_client import without_retries
+from kd_hf.hub_client import hub_answers, hub_left_alone, without_retries
 from kd_hf.recipe.config import DataConfig
 
 if TYPE_CHECKING:
@@ -86,27 +87,28 @@ def _list(cfg: DataConfig) -> Listing:
     files: dict[str, Any] | None = dict(cfg.data_files) if cfg.data_files else None
     folder = Path(cfg.path).expanduser()
     path = str(folder) if folder.is_dir() else cfg.path
-    with library_errors(cfg):
+    reached = folder.is_dir() or hub_answers()
+    with library_errors(cfg), nullcontext() if reached else hub_left_alone():
         builder = datasets.load_dataset_builder(path, cfg.name, data_files=files, revision=cfg.revision)
     found = {str(split): list(value) for split, value in (builder.config.data_files or {}).items()}
     return Listing(cfg, builder, found)
 
 
 def _open_split(listing: Listing, name: str, train: Source | None = None) -> Source:
-    cfg, where = listing.cfg, listing.where(name)
+    cfg, where, names = listing.cfg, listing.where(name), train.class_names if train else None
     if listing.all_are(".tar", name):
-        return TarSource(_local_files(listing, name), cfg, where, train.class_names if train else None)
+        return TarSource(_local_files(listing, name), cfg, where, names)
     if cfg.streaming:
         if not listing.all_are(".parquet", name):
             raise UserError(f"data.streaming: '{cfg.path}' is not stored as Parquet files; set data.streaming=false")
         parquet = ParquetFiles(listing.files[name])
         columns = find_columns(listing.builder.info.features or parquet.features, cfg)
         _check_files(listing, name, parquet, columns)
-        return StreamedSource(parquet, columns, cfg, where)
+        return StreamedSource(parquet, columns, cfg, where, names)
     with library_errors(cfg):
         listing.builder.download_and_prepare()
         dataset = listing.builder.as_dataset(split=name)
-        return TableSource(dataset, _row_groups(listing, name, dataset), cfg, where)
+        return TableSource(dataset, _row_groups(listing, name, dataset), cfg, where, names)
 
 
 def _check_files(listing: Listing, split: str, parquet: ParquetFiles, columns: Columns) -> None:
@@ -198,12 +200,21 @@ class TableSource(RowSource):
         group_sizes: rows of each row group of the files it was made from.
         cfg: the recipe's `data` block.
         where: place and split, for people.
+        names: classes of the training split, when this is another one; of labels that are names.
     """
 
-    def __init__(self, dataset: Any, group_sizes: Sequence[int], cfg: DataConfig, where: str) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        group_sizes: Sequence[int],
+        cfg: DataConfig,
+        where: str,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self.columns = find_columns(dataset.features, cfg)
-        image, labels = self.columns.image, int_labels(dataset.data.column(self.columns.label))
-        super().__init__(undecoded(dataset, image), image, labels, self.columns.class_names, where, group_sizes)
+        image, column = self.columns.image, dataset.data.column(self.columns.label)
+        numbered = number_column(column, self.columns.class_names or (None if self.columns.plain else names), where)
+        super().__init__(undecoded(dataset, image), image, numbered, where, group_sizes)
 
 
 class StreamedSource(Source):
@@ -214,9 +225,17 @@ class StreamedSource(Source):
         columns: of the images and the labels.
         cfg: the recipe's `data` block.
         where: place and split, for people.
+        names: classes of the training split, when this is another one; of labels that are names.
     """
 
-    def __init__(self, parquet: ParquetFiles, columns: Columns, cfg: DataConfig, where: str) -> None:
+    def __init__(
+        self,
+        parquet: ParquetFiles,
+        columns: Columns,
+        cfg: DataConfig,
+        where: str,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self._parquet = parquet
         self.columns = columns
         self.group_sizes = parquet.group_sizes
@@ -224,10 +243,16 @@ class StreamedSource(Source):
         self._where = where
         self._groups_per_lane = cfg.shuffle_block + 2  # a block does not start at a row group
         self._cache: OrderedDict[int, pyarrow.Table] = OrderedDict()
-        smallest, largest = self._label_range()
-        names = self.columns.class_names
-        check_labels(smallest, largest, names, where)
-        self.class_names = names or plain_names(largest)
+        self._labels: np.ndarray | None = None
+        if columns.plain:
+            smallest, largest = self._label_range()
+            check_labels(smallest, largest, columns.class_names, where)
+            if columns.class_names is None and largest == UNLABELLED:
+                raise UserError(f"data.label_column: no row of {where} has a label")
+            self.class_names = columns.class_names or plain_names(largest)
+        else:
+            numbered = number_column(self._parquet.read_column(columns.label), names, where)
+            self._labels, self.class_names, self.note = numbered.numbers, numbered.names, numbered.note
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict()}
@@ -252,14 +277,17 @@ class StreamedSource(Source):
         group = int(np.searchsorted(self._ends, row, side="right"))
         inside = row - int(self._ends[group]) + self.group_sizes[group]
         table = self._cached(group)
-        label = table.column(self.columns.label)[inside].as_py()
         data = image_bytes(table.column(self.columns.image)[inside].as_py())
+        if self._labels is not None:
+            return data, int(self._labels[row])
+        label = table.column(self.columns.label)[inside].as_py()
         return data, UNLABELLED if label is None else int(label)
 
     def labels(self) -> np.ndarray:
         """All labels; see :class:`Source`."""
-        parts = [int_labels(part) for part in self._parquet.read_column(self.columns.label)]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        if self._labels is not None:
+            return self._labels
+        return int_labels(self._parquet.read_column(self.columns.label), self._where)
 
     def describe(self) -> str:
         """Place, split and size."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_hf.data.columns import LABEL_NAMES, plain_names
-from kd_hf.data.folders import IMAGE_SUFFIXES
-from kd_hf.data.reading import CONTINUE, check_labels
+from kd_hf.data.classes import number_labels
+from kd_hf.data.columns import LABEL_NAMES
+from kd_hf.data.pixels import IMAGE_SUFFIXES
+from kd_hf.data.reading import CONTINUE
 from kd_hf.data.source import UNLABELLED, Source
 from kd_hf.errors import UserError, nearest
 from kd_hf.recipe.config import DataConfig
@@ -149,7 +150,7 @@ def _label(sample: Mapping[str, Member], wanted: str | None, place: str, descrip
     """The label as it is written: the text of a file, or a value in a JSON file."""
     suffix = (wanted or CLASS_SUFFIX).lower().removeprefix(".")
     if suffix in sample and suffix != JSON_SUFFIX:
-        label: object = _content(descriptor, sample[suffix]).decode("utf-8", "replace").strip()
+        label: object = _content(descriptor, sample[suffix]).decode("utf-8-sig", "replace").strip()
     else:
         keys = JSON_KEYS if wanted is None or suffix == JSON_SUFFIX else (wanted,)
         label = _json_value(sample, keys, place, descriptor)
@@ -212,7 +213,11 @@ class TarSource(Source):
         self._places = np.concatenate(places)
         self._ends = np.cumsum([len(found) for found in places])
         self.group_sizes = tuple(size for found in places for size in _runs(len(found)))
-        self._labels, self.class_names = _numbered(labels, names, where)
+        distinct = sorted(set(labels))
+        numbered = number_labels(distinct, names, where)
+        by_label = dict(zip(distinct, numbered.numbers.tolist(), strict=True))
+        self._labels = np.array([by_label[label] for label in labels], np.int64)
+        self.class_names, self.note = numbered.names, numbered.note
 
     def read(self, row: int) -> tuple[bytes, int]:
         """Encoded image and label; see :class:`Source`."""
@@ -256,18 +261,3 @@ def _runs(count: int) -> list[int]:
     """Cut `count` samples into runs of about equal length."""
     runs = -(-count // RUN)
     return [count * (i + 1) // runs - count * i // runs for i in range(runs)]
-
-
-def _numbered(labels: list[str], names: Sequence[str] | None, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as int64 ``[N]`` and the classes: those of the training split (`names`) if the labels are names."""
-    distinct = set(labels)
-    try:
-        numbers = {label: int(label) for label in distinct}
-        check_labels(min(numbers.values(), default=UNLABELLED), 0, None, where)
-        classes = plain_names(max(numbers.values(), default=UNLABELLED))
-    except ValueError:
-        classes = tuple(sorted(distinct - {str(UNLABELLED)}))
-        if names is not None and set(classes) <= set(names):
-            classes = tuple(names)
-        numbers = {name: number for number, name in enumerate(classes)} | {str(UNLABELLED): UNLABELLED}
-    return np.array([numbers[label] for label in labels], np.int64), classes

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 GREY = 127  # of a square that is cut out
 STRONG = "@strong"  # ends the name of a network's strongly augmented view
+LONGEST = 32  # sides of an image in evaluation, relative to each other
 
 # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -228,8 +229,19 @@ class EvalTransform:
 
     def __call__(self, data: bytes, key: int = 0) -> dict[str, Tensor]:
         """`key` has no effect. Raises :class:`UnreadableImage` for bytes that are no image."""
-        image = decode(data)
+        image = without_far_ends(decode(data))
         return {name: transform(image) for name, transform in self.transforms.items()}
+
+
+def without_far_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image that is longer than :data:`LONGEST` times its short side.
+
+    timm resizes the whole image before it takes the middle: gigabytes for a line of pixels.
+    """
+    width, height = image.size
+    longest = LONGEST * min(width, height)
+    left, top = (max(0, (side - longest) // 2) for side in (width, height))
+    return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
 # --- device side: uint8 to normalised float -----------------------------------------------------------------------

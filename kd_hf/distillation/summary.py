@@ -15,12 +15,13 @@ def shown_size(facts: Mapping[str, Any]) -> str:
     return f"{facts['image_size']} px" if "image_size" in facts else f"{facts['shortest_side']} px shortest side"
 
 
-def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
+def announce(parts: Assembly, data: Mapping[str, str], notes: Mapping[str, str], steps: str) -> list[str]:
     """The first lines of a run: what will be trained, on what, for how long.
 
     Args:
         parts: what was built.
         data: a line about the images of each split, `train` and `eval`.
+        notes: by the same names, what was left out or changed in reading them, where anything was.
         steps: a line about the length.
     """
     recipe, train, views = parts.recipe, parts.recipe.train, parts.views()
@@ -36,8 +37,10 @@ def announce(parts: Assembly, data: Mapping[str, str], steps: str) -> list[str]:
         *(f"{name:8} {teacher.describe()}" for name, teacher in parts.stored.items()),
         f"losses   {', '.join(losses)}",
         f"data     {data['train']}",
+        *(f"{'':8} {notes[split]}" for split in ("train",) if split in notes),
         f"random   {', '.join(parts.task.drawn(parts.needs_strong)) or 'nothing'}",
         f"held out {data['eval']}",
+        *(f"{'':8} {notes[split]}" for split in ("eval",) if split in notes),
         f"steps    {steps}",
         f"optim    {train.optim}, learning rate {train.learning_rate:g}, {train.lr_scheduler_type}",
         f"folder   {train.output_dir}, checkpoints {saved}",

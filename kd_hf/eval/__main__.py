@@ -80,7 +80,8 @@ def _evaluate_classes(args: argparse.Namespace) -> int:
             progress=True,
         )
     if is_main_process():
-        print(report(opened, results, args, str(networks.accelerator.device.type)))
+        notes = [f"{path}: {data.source.note}" for path, data in opened.items() if data.source.note]
+        print(report(opened, results, args, str(networks.accelerator.device.type), notes=notes))
         write_files(opened, results, args)
     return 0
 
@@ -113,7 +114,8 @@ def _evaluate_boxes(args: argparse.Namespace) -> int:
         results[path] = {name: Result(values) for name, values in measured.items()}
     if is_main_process():
         device = str(detectors.accelerator.device.type)
-        print(report({}, results, args, device, BOX_COLUMNS, detectors.notes()))
+        notes = [f"{path}: {source.note}" for path, source in opened.items() if source.note]
+        print(report({}, results, args, device, BOX_COLUMNS, [*detectors.notes(), *notes]))
         write_files({}, results, args)
         if args.save_detections:
             write_detections(args.save_detections, kept[args.models[0]])

@@ -256,8 +256,9 @@ class DataConfig(Block):
     augment: AugmentConfig = AugmentConfig()
     num_labels: int | None = Field(None, gt=0)
     """Keep the labels of this many training images (chosen per class, keyed by seed); the rest count as unlabelled."""
-    unlabelled: Literal["keep", "drop"] = "keep"
-    """Whether training images without a label are used."""
+    unlabelled: Literal["keep", "drop"] | str = "keep"
+    """Whether training images without a label are used: `keep` or `drop` them, or name a folder of more of them, which
+    lies in `path` or where paths begin. Those in `train/_unlabelled/` beside class folders need not be named."""
     shuffle_block: int = Field(2, ge=1)
     """Row groups of a lane whose rows are shuffled together; streaming holds lanes × this many in memory."""
     lanes: int = Field(64, ge=1)

@@ -168,6 +168,6 @@ def about_labels(record: RunRecord) -> str:
     """One sentence about a run that had few labels."""
     data = record.recipe.data
     text = f"Labels of {data.num_labels} training images were used"
-    if record.recipe.all_teachers() and data.unlabelled == "keep":
+    if record.recipe.all_teachers() and data.unlabelled != "drop":
         return f"{text}; the distilled student also had the teacher's outputs on the others."
     return f"{text}."

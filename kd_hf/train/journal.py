@@ -94,6 +94,7 @@ def run_facts(
         "models": {name: handle.note() for name, handle in networks.items()},
         "macs": network_macs(parts) if accelerator.is_main_process else {},
         "data": {split: source.describe() for split, source in sources.items()},
+        "data_notes": {split: source.note for split, source in sources.items() if source.note},
         "data_revision": {split: getattr(source, "revision", None) for split, source in sources.items()},
         "processes": accelerator.num_processes,
         "device": device_name(accelerator.device),

@@ -472,7 +472,7 @@ class DistillTrainer:
             self.run.write_recipe()
         self.state.log_history = self.journal.open(self.run.path, start, self.recipe.model_dump(mode="json"))
         where = f"{self.accelerator.num_processes} process(es) on {self.device}"
-        self.journal.say(*announce(self.parts, self.facts["data"], f"{self.length}; {where}"))
+        self.journal.say(*announce(self.parts, self.facts["data"], self.facts["data_notes"], f"{self.length}; {where}"))
         self.journal.write({"step": start, **self.facts})
         self._clock = time.perf_counter()
         self.journal.show_progress(self.length.total_steps, start, self.length.global_batch)

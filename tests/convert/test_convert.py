@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,8 @@ def test_mistakes_end_in_one_line(command):
     assert "head.weight 5×32 instead of 7×32" in said([*good, "--num-classes", "7"])
     assert "--label-names: cannot read 'names.txt'" in said([*good, "--label-names", "names.txt"])
     assert "it is not UTF-8" in said([*good, "--label-names", "deit.pth"])
+    Path("twice.txt").write_text("\ufeffant\nbee\nant\ncat\ndog\n")  # as Windows begins a file
+    assert "--label-names: 'twice.txt' calls the classes 0 and 2 'ant'" in said([*good, "--label-names", "twice.txt"])
     assert "--label-names: 'imagenet-1k' has 1000 names for 5" in said([*good, "--label-names", "imagenet-1k"])
     assert "--weights ema: " in said([*good, "--weights", "ema"])
     assert "--crop-pct: " in said([*good, "--crop-pct", "2"])

@@ -1,17 +1,20 @@
 """Images that are not plain RGB, through every kind of source."""
 
 import io
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from kd_hf.data.loader import eval_loader, train_loader
 from kd_hf.data.opening import open_source
-from kd_hf.data.pixels import exif_warnings_silenced
+from kd_hf.data.pixels import UnreadableImage, decode, exif_warnings_silenced
+from kd_hf.data.rows import encode_image
+from kd_hf.data.views import EvalTransform, TrainTransform, plan_views, without_far_ends
 from kd_hf.info import Preprocessing
-from kd_hf.recipe.config import DataConfig
+from kd_hf.recipe.config import AugmentConfig, CropConfig, DataConfig
 from tests.data.conftest import encode, make_image, write_tar
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:PIL")  # about broken EXIF, for one
@@ -98,3 +101,67 @@ def test_training_reads_them_all(cfg, decoder):
     assert not any(batch.corrupt for batch in found)
     assert sorted(found[0].row.tolist()) == list(range(len(ODD)))
     assert torch.equal(found[0].label, torch.zeros(len(ODD), dtype=torch.long))
+
+
+# --- depth, other programs, extreme shapes ----------------------------------------------------------------------------
+
+DEEP = {
+    "8 bits in 16": Image.fromarray(GREY.astype(np.uint16)),
+    "8 bits in 32": Image.fromarray(GREY.astype(np.int32)),
+    "16 bits": Image.fromarray((GREY.astype(np.uint16) << 8) + 77),
+    "floats to 1": Image.fromarray(GREY.astype(np.float32) / 255),
+    "floats to 255": Image.fromarray(GREY.astype(np.float32)),
+    "floats to 65535": Image.fromarray(GREY.astype(np.float32) * 257),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_grey_is_neither_black_nor_white(name):
+    image = DEEP[name]
+    for data in (encode(image, "TIFF"), encode_image(image), *([encode(image)] if "16" in image.mode else [])):
+        assert np.array_equal(np.asarray(decode(data).convert("L")), GREY), name
+
+
+@pytest.mark.parametrize("values", [[0.0, np.nan], [-1.0, 0.5], [0.0, 70000.0]])
+def test_grey_without_a_known_white_is_refused(values):
+    data = encode(Image.fromarray(np.asarray([values], np.float32)), "TIFF")
+    with pytest.raises(UnreadableImage, match=r"grey values from .* expected 0 to 1, 0 to 255 or 0 to 65535"):
+        decode(data)
+
+
+def test_no_other_program_is_started(monkeypatch):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail(f"started {args}"))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    buffer = io.BytesIO()
+    make_image(0).save(buffer, "EPS")
+    with pytest.raises(UnreadableImage, match="no image, or of a format that is not read here"):
+        decode(buffer.getvalue())
+
+
+@pytest.mark.parametrize("size", [(1, 65000), (65000, 1), (3, 400)])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_a_line_of_pixels_takes_little_memory(size, mode):
+    """timm would make it 73 × 4,745,000 before it takes the middle."""
+    data = encode(Image.new("RGB", size, (10, 200, 30)), "JPEG")
+    largest = 0
+
+    def resize(self, size, *args, **kwargs):
+        nonlocal largest
+        largest = max(largest, int(np.prod(size)))
+        return whole(self, size, *args, **kwargs)
+
+    whole = Image.Image.resize
+    plan = plan_views({"student": Preprocessing(image_size=64, crop_pct=0.875, crop_mode=mode)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", resize)
+        (view,) = EvalTransform(plan)(data).values()
+        for kind in ("random_resized", "pad", "resize"):
+            TrainTransform(plan, AugmentConfig(crop=CropConfig(kind=kind)), "pil")(data, 1)
+    assert view.shape == (3, 64, 64) and view[1, 32, 32] > 190 and largest < 73 * 73 * 33
+
+
+def test_ordinary_images_are_evaluated_as_timm_does():
+    image = make_image(0, 200, 10)
+    assert without_far_ends(image) is image
+    assert without_far_ends(make_image(0, 400, 10)).size == (320, 10)

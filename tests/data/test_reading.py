@@ -1,6 +1,7 @@
 import pytest
 
-from kd_hf.data.reading import check_labels, library_errors, plain_reason
+from kd_hf.data.classes import check_labels
+from kd_hf.data.reading import library_errors, plain_reason
 from kd_hf.errors import UserError
 from kd_hf.recipe.config import DataConfig
 

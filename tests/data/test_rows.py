@@ -121,7 +121,10 @@ def test_an_evaluation_set_has_the_classes_of_the_training_set():
     assert open_rows(texts, "eval", classes=NAMES).labels().tolist() == [2, 1]
     assert open_rows(table([1, 0], value("int64")), "eval", classes=NAMES).class_names == NAMES
     refused(
-        "no class 'cats'. Did you mean 'cat'", table(["cats", "bee"], value("string")), "eval", classes=("bee", "cat")
+        "label 'cats', and there is no such class. Did you mean 'cat'",
+        table(["cats", "bee"], value("string")),
+        "eval",
+        classes=("bee", "cat"),
     )
     refused("eval_dataset: .*only one of them has 'ant', 'dog'", table([1, 0]), "eval", classes=("dog", "bee", "cat"))
     refused("eval_dataset: .*same names in another order", table([1, 0]), "eval", classes=NAMES[::-1])
@@ -133,7 +136,7 @@ def test_columns_are_found_or_asked_for():
     refused(r"data.label_column: several columns .*coarse \(ClassLabel\)", labelled, "train")
     assert open_rows(labelled, "train", label_column="coarse").labels().tolist() == [0, 0]
     refused(r"no column 'coarze'. Did you mean 'coarse'", labelled, "train", label_column="coarze")
-    refused(r"'label' holds float32", table([0.5, 1], value("float32")), "train")
+    refused("label 0.5; expected a class number", table([0.5, 1], value("float32")), "train")
     refused(r"no column is clearly the label.*select_columns", table([3, 4], value("int64"), column="id"), "train")
 
 

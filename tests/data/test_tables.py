@@ -98,7 +98,8 @@ def test_columns_are_found_or_asked_for(tmp_path):
     refused(cfg, r"data.label_column: several columns could be the label; name one of .*coarse \(ClassLabel\)")
     assert open_source(cfg.model_copy(update={"label_column": "coarse"}), "train").labels().tolist() == [0] * 6
     refused(cfg.model_copy(update={"label_column": "coarze"}), r"there is no column 'coarze'. Did you mean 'coarse'")
-    refused(cfg.model_copy(update={"label_column": "note"}), r"'note' holds string, expected class labels or integers")
+    refused(cfg.model_copy(update={"label_column": "image"}), r"'image' holds Image, expected class numbers or names")
+    assert open_source(cfg.model_copy(update={"label_column": "note"}), "train").class_names == ("n",)
     refused(
         cfg.model_copy(update={"image_column": "imge", "streaming": True}),
         r"data.image_column: there is no column 'imge'. Did you mean 'image'",

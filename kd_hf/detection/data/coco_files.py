@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_hf.data.folders import IMAGE_SUFFIXES
+from kd_hf.data.pixels import IMAGE_SUFFIXES
 from kd_hf.data.source import EVAL_NAMES, Split
 from kd_hf.detection.data.categories import numbered_names
 from kd_hf.detection.data.objects import Objects, make_objects

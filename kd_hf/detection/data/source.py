@@ -25,6 +25,8 @@ class BoxSource(ABC):
     """Rows that are cheap to read together, in order; a set with random access is one group."""
     revision: str | None = None
     """Commit of the Hub's repository that it was read from."""
+    note: str = ""
+    """What reading left out or changed, counted, in one line; empty where nothing was."""
 
     def __len__(self) -> int:
         return sum(self.group_sizes)
@@ -46,6 +48,10 @@ class BoxSource(ABC):
     @abstractmethod
     def annotations(self) -> Iterator[Objects]:
         """The objects of all rows, in order, without their images."""
+
+    def place(self, row: int) -> str:
+        """Where a row comes from, for people: a file where there is one."""
+        return f"row {row}"
 
     lanes = 1
 
@@ -90,7 +96,7 @@ class WithoutEmpty(BoxSource):
     """The rows of a source that have objects to learn from."""
 
     def __init__(self, source: BoxSource) -> None:
-        self.source, self.class_names = source, source.class_names
+        self.source, self.class_names, self.note = source, source.class_names, source.note
         used = np.array([bool(trainable(o, o.size or (2**31, 2**31))[0]) for o in source.annotations()], bool)
         groups = np.repeat(np.arange(len(source.group_sizes)), source.group_sizes)
         sizes = np.bincount(groups[used], minlength=len(source.group_sizes))
@@ -105,6 +111,10 @@ class WithoutEmpty(BoxSource):
         """All objects; see :class:`BoxSource`."""
         used = set(self._rows.tolist())
         return (objects for row, objects in enumerate(self.source.annotations()) if row in used)
+
+    def place(self, row: int) -> str:
+        """Where the row comes from; see :class:`BoxSource`."""
+        return self.source.place(int(self._rows[row]))
 
     def expect(self, lanes: int) -> None:
         """Pass it on."""

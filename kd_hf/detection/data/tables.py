@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_hf.data.columns import LABEL_NAMES, find_columns, image_bytes, plain_names
+from kd_hf.data.classes import plain_names
+from kd_hf.data.columns import LABEL_NAMES, find_columns, image_bytes
 from kd_hf.data.parquet import ParquetFiles
 from kd_hf.data.reading import library_errors
 from kd_hf.data.rows import undecoded

@@ -188,7 +188,8 @@ def test_a_recipe_reads_it_from_the_hub_at_a_revision(tmp_path, hub):
     )
     parts = assemble(newest, 5)
     assert parts.student.note()["revision"] == second
-    assert f"student  kd_hf/vidt_tiny with the body of {ON_HUB} (" in announce(parts, {"train": "", "eval": ""}, "")[0]
+    line, *_ = announce(parts, {"train": "", "eval": ""}, {}, "")
+    assert f"student  kd_hf/vidt_tiny with the body of {ON_HUB} (" in line
     handle = load_network(older.student, open_task(older), 5)
     assert handle.note()["revision"] == first
     torch.manual_seed(1)
