@@ -321,6 +321,20 @@ def test_mistakes_of_eval(folder, complaint, argv, wanted):
         (["recipe.yaml", "methods.crd={}", "data.augment.mixup=0.8"], ["methods.crd ", "turn mixing off"]),
         (["recipe.yaml", "methods.at={student_taps: [stage:1]}"], ["methods.at", "give student_taps and teacher_taps"]),
         (["recipe.yaml", "methods.fitnet={teacher_tap: stage:9}"], ["tap 'stage:9'", "stage:1"]),
+        (["recipe.yaml", "student.model=test_convnext", "methods.ofd={}"], ["methods.ofd ", "stages without one"]),
+        (
+            ["recipe.yaml", "student.model=test_efficientnet", "methods.sdd={}"],
+            ["methods.sdd.student_tap", "takes 256"],
+        ),
+        (["recipe.yaml", "methods.sdd={}", "data.augment.mixup=0.8"], ["methods.sdd ", "turn mixing off"]),
+        (["recipe.yaml", "methods.sdd={scales: [2, 4]}"], ["methods.sdd.scales", "[1, 2, 4]"]),
+        (["recipe.yaml", "methods.ofa={eps: [1, 2]}"], ["methods.ofa.eps has 2 values"]),
+        (
+            ["recipe.yaml", "methods.reviewkd={}", "train.per_device_train_batch_size=1"],
+            ["methods.reviewkd ", "is 1"],
+        ),
+        (["recipe.yaml", "methods.ctkd={kind: dkd}", "data.augment.cutmix=1"], ["methods.ctkd ", "turn mixing off"]),
+        (["recipe.yaml", "methods.mlkd={wiring: asexecuted}"], ["methods.mlkd.wiring", "as_executed"]),
     ],
 )
 def test_mistakes_of_plan(folder, complaint, argv, wanted):

@@ -78,6 +78,7 @@ def shown_images(
         "data.augment.auto_augment": augment.auto_augment,
         "data.augment.color_jitter": augment.color_jitter if takes_jitter(augment.auto_augment) else None,
         "data.augment.erasing": augment.erasing,
+        "data.augment.strong": None,  # losses that look at this view take no stored teacher
         **{f"data.augment.{key}": getattr(augment, key) if mixing else None
            for key in ("mixup", "cutmix", "mix_prob", "mix_group")},
         "data.augment.switch_prob": augment.switch_prob if mixing and augment.mixup and augment.cutmix else None,
