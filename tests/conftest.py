@@ -13,3 +13,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Where all versions are fixed, a warning is an error; with those of another day, a library may have a new one."""
     if os.environ.get("STRICT_WARNINGS"):
         config.getini("filterwarnings")[:0] = ["error:::kd_hf", "error:::tests"]
+
+
+@pytest.fixture
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps what it prepares in a folder of this test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))

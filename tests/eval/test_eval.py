@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_one_line(trained, tmp_path):
         main([str(trained / "vit"), "--data", str(tmp_path / "photos"), "--split", "tests"])
     with pytest.raises(UserError, match=r"^--label-column: there is no column 'fine'\. Known: image, label\.$"):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-        table = datasets.Dataset.from_dict({"image": [], "label": []}, features=features)
+        table = datasets.Dataset.from_dict({"image": [None], "label": [0]}, features=features)
         table.to_parquet(tmp_path / "tables" / "validation.parquet")
         main([str(trained / "vit"), "--data", str(tmp_path / "tables"), "--label-column", "fine", "--streaming"])
     with pytest.raises(UserError, match=r"^--data: the folder .* does not exist"):
