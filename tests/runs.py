@@ -6,12 +6,14 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors.torch import load_file
 
+from kd_hf.methods import get_method
 from kd_hf.recipe.config import Recipe
 from kd_hf.run.checkpoint import list_checkpoints
 
@@ -35,6 +37,14 @@ RECIPE: dict[str, Any] = {
     "eval": {"max_samples": 64, "report": False},
 }
 TEACHER = {"model": "test_resnet", "pretrained": False, "num_classes": 10, "gate": {"enabled": False}}
+
+
+def chosen(recipe: Recipe, name: str, named: Collection[str]) -> dict[str, Any]:
+    """Options of a block of `methods` that are named, or that are not the method's defaults."""
+    method = get_method(recipe.method_of(name))
+    options = method.Config.model_validate(recipe.methods[name].options).model_dump(mode="json")
+    defaults = method.Config().model_dump(mode="json")
+    return {key: value for key, value in options.items() if key in named or value != defaults[key]}
 
 
 def merged(*blocks: dict[str, Any]) -> dict[str, Any]:

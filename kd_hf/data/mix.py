@@ -83,10 +83,11 @@ def draw_mixing(augment: AugmentConfig, size: int, *key: int | str) -> tuple[flo
 
 
 def _cut(lam: float, size: int, cy: float, cx: float) -> tuple[float, Box | None]:
-    side = int(size * math.sqrt(1.0 - lam))
+    # as in the authors' code of CutMix, whose boxes have even sides; timm's have odd ones too from 1.0.29 on
+    half = int(size * math.sqrt(1.0 - lam)) // 2
     centre_y, centre_x = int(cy * size), int(cx * size)
-    top, left = max(0, centre_y - side // 2), max(0, centre_x - side // 2)
-    bottom, right = min(size, centre_y + (side + 1) // 2), min(size, centre_x + (side + 1) // 2)
+    top, left = max(0, centre_y - half), max(0, centre_x - half)
+    bottom, right = min(size, centre_y + half), min(size, centre_x + half)
     area = (bottom - top) * (right - left)
     if area == 0:
         return 1.0, None

@@ -20,7 +20,6 @@ from typing import Any
 
 from tests.programs.gpu.schedule import START, Bench, read_rows, run_checks
 
-
 COMPILING = 3  # checks side by side
 
 
