@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+from kd_hf.distillation.assembly import assemble
 from kd_hf.distillation.sharding import check_sharding
 from kd_hf.errors import UserError
 from kd_hf.process import build_accelerator
@@ -212,6 +213,14 @@ def test_options_that_exclude_fsdp_are_named(tmp_path, option):
     wanted = recipe(tmp_path, {"train": {option: True}})
     with pytest.raises(UserError, match=rf"train\.{option} cannot be used with FSDP"):
         check_sharding(wanted, (), SimpleNamespace(is_fsdp2=True))
+
+
+def test_a_sharded_student_lends_no_parts(tmp_path):
+    pair = {"student": {"model": "test_resnet", "num_classes": 10}, "teacher": TEACHER, "methods": {"sdd": {}}}
+    parts = assemble(recipe(tmp_path, pair), 10, device="meta")
+    check_sharding(parts.recipe, parts.choices, SimpleNamespace(is_fsdp2=False))
+    with pytest.raises(UserError, match=r"methods\.sdd runs parts of the student .*cannot be used with FSDP"):
+        check_sharding(parts.recipe, parts.choices, SimpleNamespace(is_fsdp2=True))
 
 
 # -------------------------------------------------------------------------------------------------- sharding

@@ -34,7 +34,7 @@ def check_sharding(recipe: Recipe, choices: tuple[Choice, ...], accelerator: Acc
     """Refuse what cannot work on sharded networks.
 
     Raises:
-        UserError: a sharded teacher whose parts a method runs itself, or `train` options that exclude sharding.
+        UserError: a sharded network whose parts a method runs itself, or `train` options that exclude sharding.
     """
     teachers = recipe.all_teachers()
     for choice in choices:
@@ -47,6 +47,13 @@ def check_sharding(recipe: Recipe, choices: tuple[Choice, ...], accelerator: Acc
         raise UserError("teacher.shard: a sharded network cannot be kept in train.channels_last; set one of them false")
     if accelerator.is_fsdp2:
         _check_train(recipe.train)
+        for choice in choices:
+            if choice.needs.student_parts:
+                raise UserError(
+                    f"methods.{choice.name} runs parts of the student after its pass "
+                    f"({', '.join(choice.needs.student_parts)}), which cannot be used with FSDP; train with "
+                    "accelerate_configs/8gpu.yaml, or leave the method out"
+                )
 
 
 def _check_train(cfg: TrainConfig) -> None:
