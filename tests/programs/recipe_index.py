@@ -100,7 +100,8 @@ def cells_of(path: Path) -> dict[str, dict]:
     """The cells of a recipe, those of its fragments included; none where it is not a table of runs."""
     cells: dict[str, dict] = {}
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for base in values.get("base", []):
+    bases = values.get("base", [])
+    for base in [bases] if isinstance(bases, str) else bases:
         cells |= cells_of(path.parent / base)
     for name, cell in values.get("cells", {}).items():
         cells[name] = {**(cells.get(name) or {}), **cell} if cell else cell

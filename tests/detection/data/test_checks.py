@@ -28,7 +28,9 @@ def test_changes_that_do_not_know_boxes_are_refused(name, value):
         check_data(DataConfig(path="x", augment=AugmentConfig(**{name: value})))
 
 
-@pytest.mark.parametrize(("name", "value"), [("image_size", 224), ("num_labels", 9), ("unlabelled", "drop")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("image_size", 224), ("num_labels", 9), ("unlabelled", "drop"), ("hold", True)]
+)
 def test_options_of_images_with_labels_are_refused(name, value):
     with pytest.raises(UserError, match=f"data.{name}: not for images with boxes"):
         check_data(DataConfig(path="x", **{name: value}))
