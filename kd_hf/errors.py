@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 
 class UserError(Exception):
@@ -34,8 +37,14 @@ def is_main_process() -> bool:
 
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Run a command's ``main(argv)`` and exit with its code: 2 and one line for a :class:`UserError`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # in a locale that lacks × or ü
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except OSError as error:
+        code = _output_ended(error)
     except UserError as error:
         if is_main_process() or isinstance(error, LocalError):
             where = "" if is_main_process() else f" (process {os.environ['RANK']})"
@@ -46,3 +55,22 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         print("kd_hf: interrupted", file=sys.stderr, flush=True)
         code = 130
     sys.exit(code)
+
+
+def _output_ended(error: OSError) -> int:
+    """The exit code where it was the standard output that could not be written; raises `error` where it was not."""
+    try:
+        sys.stdout.flush()  # it still has what it could not write
+    except OSError as lost:
+        drop_output()
+        if isinstance(lost, BrokenPipeError):  # whoever read it has read enough
+            return 128 + signal.SIGPIPE
+        print(f"kd_hf: error: cannot write to the standard output: {lost.strerror}", file=sys.stderr, flush=True)
+        return 2
+    raise error
+
+
+def drop_output() -> None:
+    """Have what is still written to the standard output go nowhere, since it cannot go where it should."""
+    with suppress(OSError, ValueError):  # a notebook's has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

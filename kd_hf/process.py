@@ -1,17 +1,15 @@
-"""The process around a run: devices and ranks, CPU threads, signals, random state of the networks."""
+"""The process around a run: devices, ranks and what they agree on, CPU threads, random state of the networks."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +20,9 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     LoggerType,
+    broadcast_object_list,
 )
+from torch import Tensor, distributed
 
 from kd_hf.draws import hash_key
 from kd_hf.errors import UserError, nearest
@@ -31,6 +31,7 @@ from kd_hf.version import __version__
 if TYPE_CHECKING:
     from kd_hf.recipe.config import TrainConfig
 
+T = TypeVar("T")
 _CPU_ADVICE = "On a CPU use accelerate_configs/2cpu.yaml (distributed_type: MULTI_GPU with use_cpu: true)"
 
 
@@ -107,16 +108,20 @@ def _launched_alone() -> bool:
 
 def _check_processes(accelerator: Accelerator, launched_alone: bool) -> None:
     """Stop where fewer processes train together than were asked for."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise UserError(
-            f"the launcher started {launched} processes but accelerate sees {accelerator.num_processes}; "
-            f"they would train side by side without knowing each other. {_CPU_ADVICE}"
-        )
+    _check_number(accelerator.num_processes)
     if launched_alone and accelerator.num_processes == 1:
         raise UserError(
             f"the launcher's configuration asks for several processes, but it started one. {_CPU_ADVICE}; "
             "for one process set num_processes: 1 and unset MASTER_ADDR"
+        )
+
+
+def _check_number(processes: int) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != processes:
+        raise UserError(
+            f"the launcher started {launched} processes but accelerate sees {processes}; "
+            f"they would train side by side without knowing each other. {_CPU_ADVICE}"
         )
 
 
@@ -177,6 +182,38 @@ def set_cpu_threads(wanted: int | str, processes: int) -> int:
     return int(wanted)
 
 
+def agreed(decide: Callable[[], T]) -> T:
+    """What the main process decides, on all of them; a :class:`UserError` of it is raised on all.
+
+    All processes call this together. Where a launcher has started several, they must know each other by now.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return decide()
+    state = PartialState()
+    box: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            box = [decide()]
+        except UserError as error:
+            box = [error]
+    if state.num_processes > 1:
+        broadcast_object_list(box)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    result: T = box[0]
+    return result
+
+
+def meet(use_cpu: bool) -> None:
+    """Have the processes of a launcher know each other, so that they can agree before anything is built.
+
+    Raises:
+        UserError: they do not.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _check_number(PartialState(cpu=use_cpu or not torch.accelerator.is_available()).num_processes)
+
+
 def check_agreement(accelerator: Accelerator, seen: int, folder: Path) -> None:
     """Raise :class:`UserError` unless all processes see the same in a run folder."""
     everyone = accelerator.gather(torch.tensor([seen], device=accelerator.device))
@@ -185,6 +222,43 @@ def check_agreement(accelerator: Accelerator, seen: int, folder: Path) -> None:
             f"train.output_dir: the processes do not see the same checkpoints in {folder}; "
             "give a folder that all machines share"
         )
+
+
+class Vote:
+    """The largest number that any process says, one step later on all of them, without a word to the device.
+
+    Every step each process casts a number and learns the result of the step before. That travels between the hosts
+    while they compute: by the time it is asked for, all have cast it. A process that is alone is answered at once.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._cast: tuple[Any, Tensor] | None = None
+
+    def __call__(self, number: int) -> int:
+        """Cast a number; the result of the last call, 0 at the first one."""
+        if self._group is None:
+            return number
+        result = self._result()
+        value = torch.tensor([number])
+        work = distributed.all_reduce(value, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._cast = (work, value)
+        return result
+
+    def _result(self) -> int:
+        if self._cast is None:
+            return 0
+        work, value = self._cast
+        work.wait()
+        return int(value)
+
+    def close(self) -> int:
+        """End it: the result of the last call."""
+        result, self._cast = self._result(), None
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+            self._group = None
+        return result
 
 
 def device_name(device: torch.device) -> str:
@@ -201,30 +275,3 @@ def versions() -> dict[str, str]:
 def seed_networks(seed: int, step: int, micro_step: int, rank: int, whose: str = "networks") -> None:
     """Seed what networks draw inside themselves (dropout, drop path), so that a resumed step repeats it."""
     torch.manual_seed(hash_key(seed, whose, step, micro_step, rank) & 0x7FFFFFFFFFFFFFFF)
-
-
-class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a request that the loop reads; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.name = ""
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    @property
-    def requested(self) -> bool:
-        """Whether the run should save and stop."""
-        return bool(self.name)

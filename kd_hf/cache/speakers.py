@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from kd_hf.cache.files import parts_of
 from kd_hf.data.batch import Batch
@@ -25,13 +21,12 @@ from kd_hf.distillation.assembly import assemble
 from kd_hf.distillation.choices import check_methods, taps_of
 from kd_hf.distillation.gate import pass_gate
 from kd_hf.errors import UserError
-from kd_hf.layout import STUDENT
 from kd_hf.metrics.measure import eval_batch_size
 from kd_hf.outputs import Outputs
 from kd_hf.process import build_accelerator, set_cpu_threads, versions
 from kd_hf.recipe.config import Recipe
-from kd_hf.recipe.resolved import recipe_hash, trained_hash
 from kd_hf.recipe.variants import teacher_recipes, with_trained_teachers, without_stores
+from kd_hf.run.folder import is_trained
 from kd_hf.run.length import run_length
 from kd_hf.store.format import Manifest, Shard, StoredNetwork, class_type, describe_network, log_probabilities
 from kd_hf.store.reader import asked_for, depends_on_batch, digest, shown_images, trained_by
@@ -160,7 +155,7 @@ class Speakers:
             asked=asked_for(teacher.cfg, recipe.train),
             commit=origin.revision,
             trained_by=trained_by(teacher.cfg),
-            weights=_weights_hash(teacher.handle.network),
+            weights=teacher.handle.weights_hash(),
             library=origin.library,
             architecture=origin.architecture,
             num_classes=info.num_classes,
@@ -209,7 +204,7 @@ class Speakers:
 def _check_trained(recipe: Recipe) -> None:
     """Refuse a teacher whose recipe has not been run yet."""
     for name, other in teacher_recipes(recipe).items():
-        if trained_hash(Path(other.train.output_dir) / STUDENT) != recipe_hash(other):
+        if not is_trained(with_trained_teachers(other)):
             file = recipe.all_teachers()[name].recipe
             raise UserError(f"teacher.recipe: {file} has not been trained; `python -m kd_hf.train {file}` does it")
 
@@ -223,11 +218,3 @@ def _check_fixed(name: str, mode: str, shard: bool) -> None:
         )
     if shard:
         raise UserError(f"teacher.shard: '{name}' is spread over the processes, which write different files here")
-
-
-def _weights_hash(network: nn.Module) -> str:
-    found = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        found.update(key.encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]

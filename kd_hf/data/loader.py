@@ -24,6 +24,7 @@ from kd_hf.draws import hash_key, hash_keys, python_state_kept
 from kd_hf.errors import LocalError, UserError
 from kd_hf.info import Preprocessing
 from kd_hf.recipe.config import DataConfig
+from kd_hf.signals import leave_stopping_to_the_parent
 
 Transform = Callable[[bytes, int], dict[str, Tensor]]
 MAX_SKIP = 100  # consecutive unreadable rows after which something else must be wrong
@@ -363,6 +364,7 @@ class BatchLoader(Generic[B]):
             pin_memory=self.pin_memory and self.parts == 1,  # parts are joined in page-locked memory instead
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else it draws a number from the global one
+            worker_init_fn=_start_worker,
             persistent_workers=self.workers > 0,
             prefetch_factor=self.prefetch_factor if self.workers else None,
         )
@@ -390,6 +392,10 @@ class BatchLoader(Generic[B]):
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _start_worker(number: int) -> None:
+    leave_stopping_to_the_parent()
 
 
 def train_loader(

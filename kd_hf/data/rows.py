@@ -15,6 +15,7 @@ from kd_hf.data.columns import LABEL_NAMES, find_columns, image_bytes
 from kd_hf.data.pixels import DEEP
 from kd_hf.data.source import GIVEN_DATA, UNLABELLED, Source, Split
 from kd_hf.errors import UserError
+from kd_hf.files import digest
 from kd_hf.recipe.config import DataConfig
 
 _EXPECTED = "expected a PIL image, encoded bytes or a path"
@@ -109,6 +110,10 @@ class ItemSource(Source):
         """Encoded image and label; see :class:`Source`."""
         item = self._items[row]
         return encode_image(item[self._image]), self._number(self._value(item, row), row)
+
+    def fingerprint(self) -> str:
+        """A hash of the labels where they are known: an item may be another one each time that it is made."""
+        return digest(b"" if self._labels is None else np.ascontiguousarray(self._labels).tobytes())
 
     def labels(self) -> np.ndarray:
         """All labels; see :class:`Source`."""

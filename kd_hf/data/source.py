@@ -8,7 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from kd_hf.data.fingerprint import samples_hash
 from kd_hf.errors import UserError, nearest
+from kd_hf.files import digest
 from kd_hf.recipe.config import DataConfig
 
 Split = Literal["train", "eval"]
@@ -56,6 +58,12 @@ class Source(ABC):
     @abstractmethod
     def labels(self) -> np.ndarray:
         """All labels, int64 ``[len]``, -1 where there is none."""
+
+    def fingerprint(self) -> str:
+        """A hash of labels, in order, and of some images; of the commit, where that says it all."""
+        if self.revision is not None:
+            return self.revision
+        return digest(np.ascontiguousarray(self.labels()).tobytes(), samples_hash(self).encode())
 
     @abstractmethod
     def describe(self) -> str:

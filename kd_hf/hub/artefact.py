@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,11 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from kd_hf.compat import save_timm_config
+from kd_hf.errors import UserError
 from kd_hf.files import atomic_folder
 from kd_hf.models.handle import ModelHandle
 from kd_hf.models.quiet import quiet_transformers
 from kd_hf.models.safetensors import write_safetensors
 from kd_hf.models.students import LIBRARY, as_transformers
+
+# what another network may have left in the folder; everything else there stays
+_OLD = re.compile(r"model[^/]*\.safetensors(\.index\.json)?|preprocessor_config\.json")
+_IN_SHELL = "network."  # begins the names of a network's tensors in the class that transformers loads
 
 
 def save_student(
@@ -26,7 +32,7 @@ def save_student(
     state_dict: Mapping[str, Tensor] | None = None,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a network as a Hub model folder, atomically; an existing folder is replaced as a whole.
+    """Write a network as a Hub model folder, atomically; what else lies in an existing folder stays.
 
     timm networks get timm's layout, which ``timm.create_model("local-dir:…")`` and
     ``AutoModelForImageClassification`` both read; transformers networks their own, with an image processor, and so
@@ -50,7 +56,7 @@ def save_student(
         raise ValueError(f"state_dict does not fit {handle.info.name}: {sorted(different)[:3]} in one of them only")
     # a copy on the CPU: safetensors refuses tensors that share memory
     weights = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in weights.items()}
-    with atomic_folder(Path(folder).absolute()) as temporary:
+    with atomic_folder(Path(folder).absolute(), _OLD.fullmatch) as temporary:
         _WRITERS[handle.info.library](handle, temporary, weights)
         for name, text in (extra_files or {}).items():
             path = temporary / name
@@ -136,7 +142,7 @@ def _image_processor(handle: ModelHandle) -> Any:
 def _write_own(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
     """The transformers layout, with the network's source file beside its weights."""
     shell = replace(handle, network=as_transformers(handle.network))
-    _write_transformers(shell, folder, {f"network.{key}": value for key, value in weights.items()})
+    _write_transformers(shell, folder, {f"{_IN_SHELL}{key}": value for key, value in weights.items()})
 
 
 def _write_torch(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -150,6 +156,32 @@ def _write_torch(handle: ModelHandle, folder: Path, weights: dict[str, Tensor]) 
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_safetensors(folder / "model.safetensors", weights)
+
+
+def read_weights(handle: ModelHandle, folder: Path) -> dict[str, Tensor]:
+    """The weights of an artefact that :func:`save_student` wrote of this network, named as in ``handle.network``.
+
+    Raises:
+        UserError: they cannot be read, or are of another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    network: Any = handle.network
+    try:
+        if handle.info.library == "transformers":  # its files may have other names in them than its networks
+            with quiet_transformers():
+                return dict(type(network).from_pretrained(folder).state_dict())
+        weights: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged: {' '.join(str(error).split())[:300]}") from None
+    if handle.info.library == LIBRARY:
+        weights = {key.removeprefix(_IN_SHELL): value for key, value in weights.items()}
+    if different := weights.keys() ^ network.state_dict().keys():
+        raise UserError(f"{folder} does not hold the weights of {handle.info.name}: {sorted(different)[:3]}")
+    return weights
 
 
 _WRITERS = {"timm": _write_timm, "transformers": _write_transformers, LIBRARY: _write_own, "torch": _write_torch}

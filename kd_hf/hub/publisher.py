@@ -17,15 +17,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from kd_hf.errors import UserError
-from kd_hf.files import atomic_folder, writing
+from kd_hf.files import atomic_folder, is_passing, writing
 from kd_hf.hub_client import WAITS, no_bars, patiently, telling_part
-from kd_hf.layout import LOG, RESOLVED, STUDENT
+from kd_hf.layout import CHECKPOINTS, INCOMING, LOG, OUTGOING, RESOLVED, STUDENT
 from kd_hf.recipe.config import HubConfig
 from kd_hf.recipe.read import load_recipe
 from kd_hf.run.record import RunRecord
 
 LAST = "last-checkpoint"
-_OUTGOING, _INCOMING = ".push", ".fetch"  # in the run folder, while a background push or a download runs
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 # what earlier pushes may have left and a student without it must not inherit; everything else is the owner's
 _OURS = re.compile(rf"model[^/]*\.safetensors(\.index\.json)?|preprocessor_config\.json|(report|{LAST})/.*")
@@ -102,7 +101,7 @@ class Publisher:
                 self.say("hub: the last push is still running; pushes that fall due before its end are left out")
             self._told_of_skipping = True
             return
-        outgoing = self.run_path / _OUTGOING
+        outgoing = self.run_path / OUTGOING
         repository = self._prepared
         try:
             shutil.rmtree(outgoing, ignore_errors=True)
@@ -201,7 +200,7 @@ def fetch_checkpoint(cfg: HubConfig, run_path: Path) -> Path | None:
     """
     from kd_hf.run.checkpoint import STATE
 
-    repository, incoming = _Repository(cfg, run_path), Path(run_path) / _INCOMING
+    repository, incoming = _Repository(cfg, run_path), Path(run_path) / INCOMING
     with repository.telling(f"cannot fetch {LAST}"):
         commit = patiently(lambda: repository.head_holding(f"{LAST}/{STATE}"))
         if commit is None:
@@ -215,12 +214,12 @@ def fetch_checkpoint(cfg: HubConfig, run_path: Path) -> Path | None:
 
 def _place(incoming: Path, run_path: Path, repo_id: str) -> Path:
     """Move what was downloaded to where a run looks for it, the checkpoint last."""
-    from kd_hf.run.checkpoint import PREFIX, STATE, read_state
+    from kd_hf.run.checkpoint import PREFIX, STATE, check_files, files_of, read_state
 
     try:
-        state = read_state(incoming / LAST)
-        step, names = int(state["step"]), {STATE, *state["files"]}
-    except (UserError, KeyError, TypeError, ValueError) as error:
+        step, names = read_state(incoming / LAST).step, {STATE, *files_of(incoming / LAST)}
+        check_files(incoming / LAST)
+    except UserError as error:
         shutil.rmtree(incoming, ignore_errors=True)
         raise UserError(
             f"hub: {LAST} of '{repo_id}' is no whole checkpoint ({error}); to start over, set "
@@ -229,7 +228,7 @@ def _place(incoming: Path, run_path: Path, repo_id: str) -> Path:
     for name in (LOG, RESOLVED):
         if (incoming / name).is_file() and not (run_path / name).exists():
             (incoming / name).replace(run_path / name)
-    checkpoint = run_path / "checkpoints" / f"{PREFIX}{step}"
+    checkpoint = run_path / CHECKPOINTS / f"{PREFIX}{step}"
     with atomic_folder(checkpoint) as temporary:
         for path in (incoming / LAST).iterdir():
             if path.name in names:  # and not what an older download, cut off, has left
@@ -240,7 +239,11 @@ def _place(incoming: Path, run_path: Path, repo_id: str) -> Path:
 def _sources(student: Path, log: Path, checkpoint: Path | None = None) -> dict[str, Path | bytes]:
     """What a push consists of, by its path in the repository: the artefact without pickles, the log, a checkpoint."""
     inside = [path for path in sorted(student.rglob("*")) if path.is_file() and path.suffix not in _PICKLES]
-    found: dict[str, Path | bytes] = {path.relative_to(student).as_posix(): path for path in inside}
+    named = {path.relative_to(student): path for path in inside}
+    # nothing that a killed process was writing
+    found: dict[str, Path | bytes] = {
+        name.as_posix(): path for name, path in named.items() if not any(is_passing(part) for part in name.parts)
+    }
     if log.is_file():
         lines = log.read_bytes()  # not a path: the file may grow between the client's looks at it
         found[LOG] = lines[: lines.rfind(b"\n") + 1]

@@ -6,11 +6,13 @@ here still gives logits, ``pre_logits`` and ``module:`` taps; it only has no nam
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from kd_hf.compat import timm_prefix_count
@@ -85,6 +87,14 @@ class ModelHandle:
     label_names: tuple[str, ...] = ()
     image_processor: Any = None
     """The processor of transformers that is saved with it, where the one that `info` describes would not do."""
+
+    def weights_hash(self) -> str:
+        """Sixteen hex digits over parameters and buffers, by name."""
+        total = hashlib.sha256()
+        for key, value in sorted(self.network.state_dict().items()):
+            total.update(key.encode())
+            total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return total.hexdigest()[:16]
 
     def note(self) -> dict[str, Any]:
         """Plain facts for a log."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from kd_hf.errors import UserError
 from kd_hf.recipe.schedule import Duration, DurationField, Weight
@@ -290,10 +292,25 @@ class EmaConfig(Block):
     """Whether the artefact holds the average (true) or the raw weights."""
 
 
+def _expanded(path: str) -> str:
+    """A path with `~` and `$VARIABLES` replaced, as a shell does."""
+    if not path.strip() or not path.isprintable():
+        raise ValueError("expected the path of a folder")
+    full = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", full):
+        raise ValueError(f"the variable {unset[0]} is not set")
+    if full.startswith("~"):
+        raise ValueError(f"no user {full.partition('/')[0]} on this machine")
+    return full
+
+
+Folder = Annotated[str, AfterValidator(_expanded)]
+
+
 class TrainConfig(Block):
     """The engine; names and meanings of transformers' TrainingArguments where they are the same."""
 
-    output_dir: str
+    output_dir: Folder
     seed: int = 0
     per_device_train_batch_size: int = Field(32, gt=0)
     per_device_eval_batch_size: int | None = Field(None, gt=0)
@@ -358,7 +375,7 @@ class TrainConfig(Block):
     """By default the number that the task is judged by: `eval_top1` of classifiers, `eval_ap` of detectors."""
     greater_is_better: bool | None = None
     """By default as the metric says: an nll, a loss or a calibration error is better when low."""
-    resume_from_checkpoint: str | bool | None = None
+    resume_from_checkpoint: bool | Folder | None = None
     """By default an unfinished run of the same recipe in `output_dir` is continued (to the bit); true demands one,
     false starts over, a path names a checkpoint folder."""
     report_to: list[str] = Field(default_factory=list)

@@ -15,7 +15,7 @@ from kd_hf.layout import RESOLVED
 from kd_hf.recipe.config import Recipe
 from kd_hf.recipe.read import load_recipe
 
-_HASH_LINE = "# recipe hash: "
+HASH_LINE = "# recipe hash: "
 
 # what may change between a run and its resumption, or from machine to machine, without changing the result
 _NOT_HASHED = (
@@ -38,11 +38,11 @@ _NOT_HASHED = (
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, with its hash in the first line; loading it gives the same recipe."""
-    values = _resolved(recipe)
-    return f"{_HASH_LINE}{recipe_hash(recipe)}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    values = resolved(recipe)
+    return f"{HASH_LINE}{recipe_hash(recipe)}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _resolved(recipe: Recipe) -> dict[str, Any]:
+def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, methods' defaults written out (a recipe made in Python may leave them open)."""
     from kd_hf.methods import get_method
 
@@ -65,12 +65,12 @@ def trained_hash(artefact: Path) -> str | None:
         return recipe_hash(load_recipe(path))
     except UserError:  # of a version whose keys are gone
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        return first.removeprefix(_HASH_LINE) if first.startswith(_HASH_LINE) else None
+        return first.removeprefix(HASH_LINE) if first.startswith(HASH_LINE) else None
 
 
-def recipe_hash(recipe: Recipe) -> str:
-    """Twelve hex digits over everything that decides the result (not output folder, workers, logging)."""
-    values = _resolved(recipe)
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """Everything of a resolved recipe that decides the result (not output folder, workers, logging)."""
+    values = resolved(recipe)
     values["train"] = {key: value for key, value in values["train"].items() if key not in _NOT_HASHED}
     for teacher in (values["teacher"], *values["teachers"].values()):
         if teacher is not None:
@@ -79,7 +79,12 @@ def recipe_hash(recipe: Recipe) -> str:
     del values["data"]["hold"]
     del values["cell"], values["published"]
     del values["baseline"], values["hub"], values["eval"]["report"], values["eval"]["report_samples"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    return values
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Twelve hex digits over :func:`decisive`."""
+    return hashlib.sha256(json.dumps(decisive(recipe), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def recipe_schema() -> dict[str, Any]:

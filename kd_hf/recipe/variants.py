@@ -63,6 +63,7 @@ def plain_twin(recipe: Recipe) -> Recipe:
     task = recipe.methods.get(TASK)
     kept = {TASK: task.model_copy(update={"weight": 1.0, "until": None})} if task else {}
     folder = str(Path(recipe.train.output_dir) / PLAIN)
+    resume = False if recipe.train.resume_from_checkpoint is False else None  # a checkpoint is the student's
     return recipe.model_copy(
         update={
             "teacher": None,
@@ -74,6 +75,6 @@ def plain_twin(recipe: Recipe) -> Recipe:
             "data": recipe.data.model_copy(update={"unlabelled": "drop"} if task_entry(recipe.task).unlabelled else {}),
             "eval": recipe.eval.model_copy(update={"report": False}),
             "hub": HubConfig(),
-            "train": recipe.train.model_copy(update={"output_dir": folder}),
+            "train": recipe.train.model_copy(update={"output_dir": folder, "resume_from_checkpoint": resume}),
         }
     )

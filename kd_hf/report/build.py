@@ -173,7 +173,7 @@ def _attention(
 
 
 def _write(page: Page, folder: Path) -> Path:
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, lambda name: name == PAGE or name.endswith(".png")) as temporary:
         for picture in page.pictures:
             (temporary / f"{picture.name}.png").write_bytes(picture.light)
         (temporary / PAGE).write_text(render(page), encoding="utf-8")

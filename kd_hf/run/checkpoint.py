@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kd_hf.errors import UserError
-from kd_hf.files import atomic_folder
+from kd_hf.files import FileSum, atomic_folder, digest, remove, tidy
+from kd_hf.run.state import CheckpointState, state_of
 
 PREFIX = "checkpoint-"
 STATE = "state.json"
-FORMAT = 1
+_DIGITS = "[0-9]{1,18}"
 
 
 def save_checkpoint(
     folder: Path,
-    state: Mapping[str, Any],
+    state: CheckpointState,
     tensors: Mapping[str, Mapping[str, Tensor]],
     objects: Mapping[str, Mapping[str, Any]],
 ) -> None:
@@ -31,10 +33,15 @@ def save_checkpoint(
 
     Args:
         folder: e.g. ``runs/x/checkpoints/checkpoint-300``.
-        state: JSON values (step, recipe hash, …), written as ``state.json``.
+        state: written as ``state.json``, with the size and the checksum of each other file.
         tensors: file stem → flat state dict, written as safetensors.
         objects: file stem → state dict of tensors and plain numbers (optimiser), written by torch.
+
+    Raises:
+        UserError: the disk is full or may not be written to, or something else has the folder's name.
     """
+    if folder.exists() and not (folder / STATE).is_file():
+        raise UserError(f"{folder} is in the way: it is no checkpoint of kd_hf; move it elsewhere")
     with atomic_folder(folder) as temporary:
         for name, values in tensors.items():
             # contiguous copies: safetensors refuses views and tensors that share memory
@@ -43,24 +50,53 @@ def save_checkpoint(
         for name, values in objects.items():
             with (temporary / f"{name}.pt").open("wb") as file:  # torch's own file hides why writing failed
                 torch.save(dict(values), file)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        text = json.dumps({**state, "format": FORMAT, "files": sizes}, indent=1)
+        files = {path.name: asdict(FileSum.of(path)) for path in sorted(temporary.iterdir())}
+        content = json.loads(json.dumps({**state.plain(), "files": files}))  # as it will be read
+        text = json.dumps({**content, "sum": _sum_of(content)}, indent=1)
         (temporary / STATE).write_text(text, encoding="utf-8")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint, after checking that every file is there and whole."""
+def _sum_of(content: Mapping[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True).encode())
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """The state of a checkpoint; its other files are left to :func:`check_files`.
+
+    Raises:
+        UserError: it is not there, damaged, or of another version.
+    """
+    return state_of(_content(folder), folder)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """``state.json``, whose own sum is compared."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content: Any = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder} is not a kd_hf checkpoint: it has no readable {STATE}") from None
-    if state.get("format") != FORMAT:
-        raise UserError(f"{folder} was written by another version of kd_hf (format {state.get('format')})")
-    for name, size in state["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise UserError(f"{folder} is damaged: {name} is missing or has another size; use an earlier checkpoint")
-    return state
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise UserError(f"{folder} is damaged: {STATE} lacks what belongs in it")
+    expected = content.pop("sum", None)
+    if content.get("format") != 1 and expected != _sum_of(content):
+        raise UserError(f"{folder} is damaged: {STATE} is not as it was written")
+    return content
+
+
+def files_of(folder: Path) -> dict[str, FileSum]:
+    """The files of a checkpoint beside ``state.json``, and what each must be; before checksums were taken, the size."""
+    files = _content(folder)["files"]
+    try:
+        return {name: FileSum(value) if isinstance(value, int) else FileSum(**value) for name, value in files.items()}
+    except TypeError:
+        raise UserError(f"{folder} is damaged: {STATE} lacks what belongs in it") from None
+
+
+def check_files(folder: Path) -> None:
+    """Raise :class:`UserError` unless every file of a checkpoint is as it was written."""
+    for name, expected in files_of(folder).items():
+        if fault := expected.fault(folder / name):
+            raise UserError(f"{folder} is damaged: {name} {fault}")
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -81,14 +117,14 @@ def load_objects(folder: Path, name: str) -> dict[str, Any]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints under `folder`, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if (path / STATE).is_file()]
-    return sorted(found, key=step_of)
+    named = (path for path in folder.glob(f"{PREFIX}*") if re.fullmatch(_DIGITS, path.name.removeprefix(PREFIX)))
+    return sorted((path for path in named if (path / STATE).is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step in a checkpoint folder's name."""
+    """The optimiser step in a checkpoint folder's name; -1 for another name."""
     digits = checkpoint.name.removeprefix(PREFIX)
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if re.fullmatch(_DIGITS, digits) else -1
 
 
 def prune(folder: Path, keep: int | None, best: int | None) -> None:
@@ -97,4 +133,11 @@ def prune(folder: Path, keep: int | None, best: int | None) -> None:
         return
     for path in list_checkpoints(folder)[:-keep]:
         if step_of(path) != best:
-            shutil.rmtree(path)
+            remove(path)
+
+
+def tidy_checkpoints(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote or pruned."""
+    if folder.is_dir():
+        names = {path.name.partition(PREFIX)[2] for path in folder.glob(f".*-{PREFIX}*")}
+        tidy(folder, [f"{PREFIX}{name}" for name in names])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_hf.data.fingerprint import samples_hash
 from kd_hf.data.geometry import takes_jitter
 from kd_hf.data.mix import is_mixing
 from kd_hf.data.order import Layout
@@ -40,7 +41,6 @@ from kd_hf.store.format import (
 )
 
 _AHEAD = 3
-_SAMPLES, _RUN = 4, 16  # places of the training images that are compared, and rows at each
 
 
 def depends_on_batch(recipe: Recipe, source: Source) -> bool:
@@ -70,7 +70,7 @@ def shown_images(
     boxed = {"scale": crop.scale, "ratio": crop.ratio}
     found = {
         "train.seed": recipe.train.seed,
-        "data": _fingerprint(source),
+        "data": f"{len(source)} images ({samples_hash(source)})",
         "data.decoder": data.decoder,
         "data.augment.crop": {"random_resized": boxed, "pad": {"padding": crop.padding}, "resize": {}}[crop.kind],
         "data.augment.crop.kind": crop.kind,
@@ -99,19 +99,6 @@ def shown_images(
 def digest(values: Any) -> str:
     """A short hash of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _fingerprint(source: Source) -> str:
-    """The number of images, and a hash over some of them: the same data at another place is the same."""
-    found = hashlib.sha256()
-    starts = {max(0, (len(source) - _RUN) * part // (_SAMPLES - 1)) for part in range(_SAMPLES)}
-    for start in sorted(starts):  # neighbours, since those are cheap to read together
-        for row in range(start, min(start + _RUN, len(source))):
-            try:
-                found.update(source.read(row)[0])
-            except OSError:
-                found.update(b"?")
-    return f"{len(source)} images ({found.hexdigest()[:16]})"
 
 
 def asked_for(cfg: TeacherConfig, args: TrainConfig) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
 
-from kd_hf.errors import is_main_process
+from kd_hf.errors import drop_output, is_main_process
 
 
 class Progress:
@@ -61,8 +61,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line on standard output, above the bar if there is one (which is on standard error)."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        _write(text)
 
     def close(self) -> None:
         """End the bar."""
@@ -81,10 +80,23 @@ def _clock(seconds: float) -> str:
 
 
 def say(*lines: str) -> None:
-    """Print lines, from the main process only."""
+    """Write lines on standard output, from the main process only; what cannot be said does not end what is done."""
     if is_main_process():
         for line in lines:
-            print(line, flush=True)
+            _write(line)
+
+
+def _write(text: str) -> None:
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except UnicodeEncodeError:  # in a locale that lacks × or ü
+        _write(text.encode("ascii", "backslashreplace").decode())
+    except OSError as error:
+        drop_output()
+        with suppress(OSError):
+            lost = f"the standard output cannot be written ({error.strerror})"
+            print(f"kd_hf: warning: {lost}; the work goes on in silence", file=sys.stderr, flush=True)
 
 
 def bytes_text(size: float) -> str:

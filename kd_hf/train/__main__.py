@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_hf.errors import is_main_process, run_command
-from kd_hf.train.chain import _say, train_recipe
+from kd_hf.text.terminal import say
+from kd_hf.train.chain import train_recipe
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,14 +45,14 @@ def main(argv: Sequence[str]) -> int:
         from kd_hf.train.smoke import smoke
 
         with tempfile.TemporaryDirectory() as folder:
-            _say(smoke(recipe, Path(folder)))
+            say(smoke(recipe, Path(folder)))
         return 0
     output = train_recipe(recipe)
     if is_main_process() and not output.stopped_by:
         from kd_hf.report.closing import finish_report
 
-        print(finish_report(recipe))
-    return 0
+        say(finish_report(recipe))
+    return output.exit_code
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Callbacks follow transformers' protocol (``on_step_end(args, state, control, **k
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,11 @@ class TrainOutput:
     training_loss: float
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_by: str = ""  # the signal that ended the run early, or nothing
+
+    @property
+    def exit_code(self) -> int:
+        """That of a command: 0, or 128 and the number of the signal, as of a process that the signal ended."""
+        return 128 + signal.Signals[self.stopped_by] if self.stopped_by else 0
 
     @classmethod
     def of(cls, state: TrainerState, stopped_by: str = "") -> TrainOutput:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from kd_hf.distillation.assembly import Assembly
 from kd_hf.distillation.cost import network_macs
+from kd_hf.files import sync
 from kd_hf.process import device_name, versions
 from kd_hf.recipe.config import TrainConfig
 from kd_hf.recipe.resolved import flat
@@ -59,6 +60,11 @@ class Journal:
         """Add a line to ``log.jsonl``."""
         if self.file is not None:
             self.file.write(entry)
+
+    def sync(self) -> None:
+        """Have what was written on the disk before something says that it is there."""
+        if self.file is not None:
+            sync(self.file.path)
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Copy numbers to the trackers."""

@@ -46,10 +46,8 @@ class LossWindow:
         step, name = min(found, default=(NEVER, ""), key=lambda pair: (pair[0], pair[1] == "loss"))
         return None if step == NEVER else (name, int(step))
 
-    def fetch(
-        self, accelerator: Accelerator, stop_requested: bool = False
-    ) -> tuple[dict[str, float], tuple[str, int] | None, bool]:
-        """Mean losses over ranks since the last fetch, the first bad part, and whether any rank wants to stop."""
+    def fetch(self, accelerator: Accelerator) -> tuple[dict[str, float], tuple[str, int] | None]:
+        """Mean losses over ranks since the last fetch, and the first bad part."""
         first_bad = self.first_bad(accelerator)
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
@@ -57,7 +55,5 @@ class LossWindow:
             for name, value in zip(names, accelerator.reduce(values, "mean").tolist(), strict=True):
                 sums[name] = sums.get(name, 0.0) + value
                 counts[name] = counts.get(name, 0) + self._counts[names]
-        wants = torch.tensor([float(stop_requested)], device=accelerator.device)
-        stopping = bool(accelerator.reduce(wants, "sum").item() > 0)
         self._clear()
-        return {name: sums[name] / counts[name] for name in sums}, first_bad, stopping
+        return {name: sums[name] / counts[name] for name in sums}, first_bad

@@ -12,17 +12,15 @@ from torch import Tensor
 
 from kd_hf.data.source import Source
 from kd_hf.errors import UserError
-from kd_hf.hub.artefact import save_student
+from kd_hf.hub.artefact import read_weights, save_student
 from kd_hf.hub.card import write_card
 from kd_hf.hub.publisher import Publisher, fetch_checkpoint
-from kd_hf.layout import RESOLVED
+from kd_hf.layout import RESOLVED, UNFINISHED
 from kd_hf.models.handle import ModelHandle
 from kd_hf.recipe.config import Recipe
 from kd_hf.recipe.resolved import dump_recipe
 from kd_hf.run.folder import RunFolder
 from kd_hf.run.record import RunRecord
-
-_UNFINISHED = ".unfinished"  # in the run folder: the student of a save, on its way to the Hub
 
 
 class Publication:
@@ -49,7 +47,8 @@ class Publication:
     def fetch(self) -> None:
         """Take over the checkpoint that the run pushed from another machine, when this one has none."""
         hub = self.recipe.hub
-        if self.publisher is not None and hub.hub_strategy == "checkpoint" and not self.run.has_checkpoint:
+        is_new = not self.run.has_checkpoint and not self.run.student.exists()
+        if self.publisher is not None and hub.hub_strategy == "checkpoint" and is_new:
             found = fetch_checkpoint(hub, self.run.path)
             if found is not None:
                 self.say(f"fetched {found} from the Hub")
@@ -64,14 +63,18 @@ class Publication:
         publisher, strategy = self.publisher, self.recipe.hub.hub_strategy
         if publisher is None or strategy == "end" or publisher.busy:
             return
-        folder = self.run.path / _UNFINISHED
+        folder = self.run.path / UNFINISHED
         self.export(weights, folder)
         checkpoint = self.run.checkpoint_of(step) if strategy == "checkpoint" else None
         publisher.in_background(folder, f"Step {step}", checkpoint)  # it has its own hold on the files when it returns
         shutil.rmtree(folder, ignore_errors=True)
 
-    def close(self, teachers: Mapping[str, ModelHandle] | None, source: Source, device: torch.device) -> None:
-        """Write report and card; what fails here costs a sentence, not the run."""
+    def exported(self) -> dict[str, Tensor]:
+        """The weights in ``student/`` of the run folder, named as in the network."""
+        return read_weights(self.student, self.run.student)
+
+    def close(self, teachers: Mapping[str, ModelHandle] | None, source: Source, device: torch.device) -> bool:
+        """Write report and card; what fails here costs a sentence, not the run. Whether both are there."""
         record = RunRecord.read(self.run.path)
         cfg = self.recipe.eval
         try:
@@ -79,9 +82,11 @@ class Publication:
                 from kd_hf.report.build import write_report
 
                 write_report(record, teachers=teachers, source=source, device=device, samples=cfg.report_samples)
-            write_card(record, self.publisher.repo_id if self.publisher else None)
+            write_card(record, self._repo_id())
         except (UserError, OSError) as error:
-            self.say(f"warning: the student is not described: {error}")
+            self.say(f"warning: the student is not described, which the same command tries again: {error}")
+            return False
+        return True
 
     def push(self, message: str = "End of training") -> None:
         """Push the artefact for good, and say where it is.
@@ -109,7 +114,11 @@ class Publication:
         hub = record.recipe.hub
         hub = hub.model_copy(update={"license": license or hub.license, "tags": (*hub.tags, *tags)})
         changed = replace(record, recipe=record.recipe.model_copy(update={"hub": hub}))
-        write_card(changed, self.publisher.repo_id if self.publisher else None)
+        write_card(changed, self._repo_id())
+
+    def _repo_id(self) -> str | None:
+        """Where the student is pushed to."""
+        return self.publisher.repo_id if self.publisher else None
 
     def push_again(self, message: str, **changes: str | bool | None) -> str:
         """Push the exported student, with other keys of the `hub` block where they are not None; gives the address."""

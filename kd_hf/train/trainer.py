@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ from kd_hf.distillation.teacher import Teacher
 from kd_hf.errors import LocalError, UserError
 from kd_hf.metrics.predictions import EvalPrediction, PredictionOutput, Predictions
 from kd_hf.process import (
-    StopSignal,
+    Vote,
+    agreed,
     build_accelerator,
     check_agreement,
     nondeterminism_named,
@@ -29,9 +31,11 @@ from kd_hf.process import (
 )
 from kd_hf.recipe.config import HubConfig, Recipe, TrainConfig
 from kd_hf.run import checkpoint as ckpt
-from kd_hf.run.folder import RunFolder
+from kd_hf.run.folder import RunFolder, Start
 from kd_hf.run.length import run_length
 from kd_hf.run.log import read_log
+from kd_hf.run.state import CheckpointState
+from kd_hf.signals import StopSignal, name_of
 from kd_hf.tasks.score import best_by
 from kd_hf.train.arguments import Methods, Network, Setup, read_setup
 from kd_hf.train.callbacks import CallbackList, TrainerControl, TrainerState, TrainOutput
@@ -110,20 +114,30 @@ class DistillTrainer:
         self.device = self.accelerator.device
         self.length = run_length(self.args, len(self.train_source), self.accelerator.num_processes)
         self.journal = Journal(self.accelerator, self.args)
-        self.run = RunFolder(self.recipe, self.length.global_batch)
+        main = self.accelerator.is_main_process
+        weights = {name: teacher.weights_hash() for name, teacher in self.parts.teachers.items() if main}
+        images = {"train": self.train_source, "eval": self.eval_source}
+        self.run = RunFolder(self.recipe, self.length.global_batch, images, weights)
         named = self.task.named(self.parts.student, source.class_names)
         self.publication = Publication(self.run, named, self.journal.say)
         self._build()
-        self.state = TrainerState.of(self.args, self.length, self.accelerator)
-        self.control = TrainerControl()
         objects = {"model": self.trained.plain.student.network, "processing_class": processing_class}
         objects |= {"optimizer": self.trained.optimizer, "lr_scheduler": self.trained.schedule}
         self.callbacks = CallbackList(self.args, callbacks, objects)
+        self._has_begun = False
+        self._callbacks_before: dict[str, Any] = {}
+        self._set_back()
+        self.callbacks.call("on_init_end", self.state, self.control)
+
+    def _set_back(self) -> None:
+        """Stand before the first step."""
+        self.state = TrainerState.of(self.args, self.length, self.accelerator)
+        self.control = TrainerControl()
+        self.window = LossWindow()
         self.corrupt: set[int] = set()
         self.skipped_steps = 0  # by this process's scaler since it started
         self._seconds_before, self._clock = 0.0, time.perf_counter()
-        self._evaluated_at = -1
-        self.callbacks.call("on_init_end", self.state, self.control)
+        self._evaluated_at = self._saved_at = -1
 
     # ------------------------------------------------------------------------------------------ building
 
@@ -146,7 +160,6 @@ class DistillTrainer:
             self.parts.module, info, self.recipe, accelerator, length.total_steps, length.steps_per_epoch
         )
         self.evaluator = self._evaluator(self.eval_source)
-        self.window = LossWindow()
 
     def _check_stores(self) -> None:
         """Refuse stored teachers that were shown other images than this run shows, or fewer epochs."""
@@ -164,20 +177,43 @@ class DistillTrainer:
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Train to the end, or until a signal or a callback asks to stop; then export the student.
 
+        When the run has ended, now or before, the network holds the weights that were exported.
+
         Args:
             resume_from_checkpoint: as the recipe's field of that name, which it overrides.
         """
-        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        finished = wanted is None and self.run.is_finished
-        check_agreement(self.accelerator, int(finished), self.run.path)
-        if finished:
-            self.state.log_history = read_log(self.run.path)
-            self.journal.say(f"{self.run.path} holds the finished run of this recipe; nothing to train")
-            if self.accelerator.is_main_process:
-                self.publication.catch_up()
-            return TrainOutput.of(self.state)
-        self._prepare_hub(wanted)
-        self._resume(wanted)
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        with self.run.locked():
+            start = agreed(lambda: self._begin(resume))
+            check_agreement(self.accelerator, self.run.sight_of(start), self.run.path)
+            self.journal.say(*start.notes)
+            if start.ending is not None:
+                return self._take_over(start)
+            self._set_out(start)
+            try:
+                stopped_by = self._run(start)
+            except UserError:
+                if self.state.global_step == 0 and self.accelerator.is_main_process:
+                    self.run.clear()  # nothing was learned
+                raise
+            finally:
+                self.journal.progress.close()
+            return self._stopped(stopped_by) if stopped_by else self._finish()
+
+    def _begin(self, resume: str | bool | None) -> Start:
+        """On the main process: where the run begins; make the repository, and fetch the checkpoint that lies there."""
+        if resume is False:
+            self.publication.prepare()  # before anything is removed
+            return self.run.begin(False)
+        if not isinstance(resume, str):
+            self.publication.fetch()
+        start = self.run.begin(resume)
+        if start.ending is None:
+            self.publication.prepare()
+        return start
+
+    def _run(self, start: Start) -> int:
+        """Train to the end; the number of the signal that stopped it before, or 0."""
         with StopSignal() as stop:
             self._open_run()
             try:
@@ -185,27 +221,21 @@ class DistillTrainer:
                     self._gate()
                 self.callbacks.call("on_train_begin", self.state, self.control)
                 with nondeterminism_named():
-                    self._loop(stop)
+                    return self._loop(stop)
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"out of memory on {self.device}: lower train.per_device_train_batch_size and raise "
                     "train.gradient_accumulation_steps by the same factor, or set train.activation_checkpointing"
                 ) from None
-            finally:
-                self.journal.progress.close()
-        if stop.requested and self.state.global_step < self.length.total_steps:
-            done = f"step {self.state.global_step} of {self.length.total_steps}"
-            self.journal.say(f"stopped by {stop.name} after {done}, which is saved; the same command continues")
-            self.publication.leave()
-            return TrainOutput.of(self.state, stop.name)
-        return self._finish()
 
-    def _loop(self, stop: StopSignal) -> None:
-        feed = self.feed()
+    def _loop(self, stop: StopSignal) -> int:
+        feed, vote = self.feed(), Vote(self.accelerator)
         if feed.note:
             self.journal.say(feed.note)
             self.journal.write({"step": self.state.global_step, "images": feed.note})
-        while self.state.global_step < self.length.total_steps and not self.control.should_training_stop:
+        stopped_by = 0
+        total = self.length.total_steps
+        while self.state.global_step < total and not (self.control.should_training_stop or stopped_by):
             if self.state.global_step % self.length.steps_per_epoch == 0:
                 self.callbacks.call("on_epoch_begin", self.state, self.control)
             self.callbacks.call("on_step_begin", self.state, self.control)
@@ -214,23 +244,29 @@ class DistillTrainer:
             self.state.epoch = self.state.global_step / self.length.steps_per_epoch
             self.journal.progress.advance()
             self.callbacks.call("on_step_end", self.state, self.control)
-            if self._after_step(stop):
-                return
-        if self.state.global_step < self.length.total_steps:  # a callback ended the run: it closes as at its last step
-            self._log_losses(False)
-            if self._evaluated_at != self.state.global_step:
-                self.evaluate()
-            if self.args.save_strategy != "no":
-                self.save_checkpoint()
+            stopped_by = vote(stop.number)
+            self._after_step(stopping=bool(stopped_by))
+        vote.close()
+        if self.state.global_step == total:
+            return 0
+        if not stopped_by:
+            self._close_early()
+        return stopped_by
 
-    def _after_step(self, stop: StopSignal) -> bool:
-        """Log, evaluate and save as the recipe says; True when the run was asked to stop."""
+    def _close_early(self) -> None:
+        """A callback ended the run: it closes as at its last step."""
+        self._log_losses()
+        if self._evaluated_at != self.state.global_step:
+            self.evaluate()
+        if self._saved_at != self.state.global_step and (self.args.save_strategy != "no" or self.control.should_save):
+            self.save_checkpoint()
+
+    def _after_step(self, stopping: bool) -> None:
+        """Log, evaluate and save as the recipe says, or because the run was asked to stop."""
         step, args, control = self.state.global_step, self.args, self.control
         last = step == self.length.total_steps
-        stopping = stop.requested and self.accelerator.num_processes == 1
         if step % args.logging_steps == 0 or last or stopping or control.should_log:
-            # ranks agree on stopping where they meet anyway, so a signal needs no communication of its own
-            stopping = self._log_losses(stop.requested)
+            self._log_losses()
         epoch_end, closing = step % self.length.steps_per_epoch == 0, last and args.save_strategy != "no"
         if args.is_due("eval", step, epoch_end) or control.should_evaluate or last:
             with self.journal.progress.paused():
@@ -241,7 +277,6 @@ class DistillTrainer:
         control.should_log = control.should_evaluate = control.should_save = False
         if epoch_end:
             self.callbacks.call("on_epoch_end", self.state, control)
-        return stopping and not last
 
     def feed(self) -> Feed:
         """The lessons that are left of the run."""
@@ -321,6 +356,7 @@ class DistillTrainer:
         Returns:
             ``eval_top1``, ``eval_top5``, ``eval_agreement`` … in percent, of the weights that will be exported.
         """
+        self.trained.share_buffers()
         evaluator, found = self.evaluator, self.task.predictions() if self.compute_metrics else None
         if eval_dataset is not None:
             evaluator = self._evaluator(self._images(eval_dataset))
@@ -335,6 +371,7 @@ class DistillTrainer:
 
     def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
         """The student's logits ``[N, K]`` and the labels ``[N]`` of a data set, in its order, and the metrics."""
+        self.trained.share_buffers()
         found = self.task.predictions()
         evaluator = self._evaluator(self._images(test_dataset))
         metrics = self._measured(evaluator, found, metric_key_prefix)
@@ -364,14 +401,14 @@ class DistillTrainer:
         if self.state.note_best(metrics[name], self._greater_is_better):
             self.control.should_save |= self.args.load_best_model_at_end
 
-    def _log_losses(self, stop_requested: bool) -> bool:
-        """Write the mean losses since the last log; returns whether any rank was asked to stop."""
+    def _log_losses(self) -> None:
+        """Write the mean losses since the last log."""
         step = self.state.global_step
-        means, first_bad, stopping = self.window.fetch(self.accelerator, stop_requested)
+        means, first_bad = self.window.fetch(self.accelerator)
         if first_bad is not None:
             self._stop_on_non_finite(*first_bad)
         if not means:
-            return stopping
+            return
         rate = self.journal.progress.rate(step)
         values = {**means, "lr": self.learning_rate, "images_per_second": rate}
         values |= {f"weight/{name}": weight for name, weight in self.weights(step - 1).items()}
@@ -381,7 +418,6 @@ class DistillTrainer:
             values["corrupt_images"] = len(self.corrupt)
         self.log(values)
         self.journal.progress.show(values, step, self.length.total_steps)
-        return stopping
 
     def _stop_on_non_finite(self, part: str, step: int) -> None:
         kept = ckpt.list_checkpoints(self.run.checkpoints)
@@ -410,60 +446,63 @@ class DistillTrainer:
 
     # --------------------------------------------------------------------------------- run folder, resume
 
-    def _prepare_hub(self, wanted: str | bool | None) -> None:
-        """On the main process: make the repository, and fetch the checkpoint that lies there."""
-        if self.accelerator.is_main_process:
-            self.publication.prepare()
-            if wanted is None or wanted is True:
-                self.publication.fetch()
-        self.accelerator.wait_for_everyone()
+    def _set_out(self, start: Start) -> None:
+        """Stand where the run begins: with the initial weights, or those of a checkpoint."""
+        if self._has_begun:
+            self._set_back()
+            self.trained.reset()
+            self.evaluator = self._evaluator(self.eval_source)
+            self.callbacks.restore(self._callbacks_before)
+        self._has_begun, self._callbacks_before = True, copy.deepcopy(self.callbacks.stateful())
+        if start.checkpoint is not None and start.state is not None:
+            self._load_checkpoint(start.checkpoint, start.state)
+            self.journal.say(f"continuing from {start.checkpoint}")
 
-    def _resume(self, wanted: str | bool | None) -> None:
-        """Continue what the run folder holds, unless told otherwise."""
-        if wanted is False and self.accelerator.is_main_process:
-            self.run.clear()
-        self.accelerator.wait_for_everyone()
-        found = self.run.find_checkpoint(wanted)
-        check_agreement(self.accelerator, found[1]["step"] if found else -1, self.run.path)
-        if found is not None:
-            self._load_checkpoint(*found)
-            self.journal.say(f"continuing from {found[0]}")
-
-    def _load_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def _load_checkpoint(self, folder: Path, state: CheckpointState) -> None:
         self.trained.load(folder)
-        self.state.global_step = state["step"]
+        self.state.global_step = self._saved_at = state.step
         self.state.epoch = self.state.global_step / self.length.steps_per_epoch
-        self.state.best_metric, self.state.best_global_step = state["best_metric"], state["best_step"]
-        self.corrupt = set(state["corrupt"])
-        self._seconds_before = state["seconds"]
-        self.callbacks.restore(state.get("callbacks", {}))
+        self.state.best_metric, self.state.best_global_step = state.best_metric, state.best_step
+        self.control.should_training_stop = state.ended
+        self.corrupt = set(state.corrupt)
+        self._seconds_before = state.seconds
+        self.callbacks.restore(state.callbacks)
         if self.args.cpu_threads == "auto":  # another number of threads adds floats in another order
-            self.threads = set_cpu_threads(state["cpu_threads"], self.accelerator.num_processes)
+            self.threads = set_cpu_threads(state.cpu_threads, self.accelerator.num_processes)
+        if state.processes != self.accelerator.num_processes:
+            self.journal.say(
+                f"the run was begun on {state.processes} process(es) and goes on on {self.accelerator.num_processes}: "
+                "sums are rounded in another order, and BatchNorm sees other groups of images"
+            )
 
     def save_checkpoint(self) -> None:
         """Write ``checkpoints/checkpoint-<step>`` whole or not at all; refuses to save after a non-finite loss."""
         first_bad = self.window.first_bad(self.accelerator)
         if first_bad is not None:
             self._stop_on_non_finite(*first_bad)
-        main = self.accelerator.is_main_process
+        self.trained.share_buffers()
         tensors, objects = self.trained.tensors(), self.trained.objects()
-        if main:
+        if self.accelerator.is_main_process:
+            self.journal.sync()
             self.run.save_checkpoint(self._checkpoint_state(), tensors, objects)
             self.publication.after_save(self.trained.exported(tensors=tensors), self.state.global_step)
+        self._saved_at = self.state.global_step
         self.accelerator.wait_for_everyone()
         self.callbacks.call("on_save", self.state, self.control)
 
-    def _checkpoint_state(self) -> dict[str, Any]:
-        return {
-            "step": self.state.global_step,
-            "processes": self.accelerator.num_processes,
-            "cpu_threads": self.threads,
-            "best_metric": self.state.best_metric,
-            "best_step": self.state.best_global_step,
-            "corrupt": sorted(self.corrupt),
-            "seconds": self._seconds(),
-            "callbacks": self.callbacks.stateful(),
-        }
+    def _checkpoint_state(self) -> CheckpointState:
+        return CheckpointState(
+            self.state.global_step,
+            self.run.identity,
+            processes=self.accelerator.num_processes,
+            cpu_threads=self.threads,
+            best_metric=self.state.best_metric,
+            best_step=self.state.best_global_step,
+            corrupt=tuple(sorted(self.corrupt)),
+            seconds=self._seconds(),
+            callbacks=self.callbacks.stateful(),
+            ended=self.control.should_training_stop,
+        )
 
     def _open_run(self) -> None:
         """Write the resolved recipe, open the log, the trackers and the progress bar; say what will happen."""
@@ -471,38 +510,79 @@ class DistillTrainer:
         if self.accelerator.is_main_process:
             self.run.write_recipe()
         self.state.log_history = self.journal.open(self.run.path, start, self.recipe.model_dump(mode="json"))
+        measured = any(line["step"] == start and "train_seconds" in line for line in self.state.log_history)
+        self._evaluated_at = start if measured else -1
         where = f"{self.accelerator.num_processes} process(es) on {self.device}"
         self.journal.say(*announce(self.parts, self.facts["data"], self.facts["data_notes"], f"{self.length}; {where}"))
         self.journal.write({"step": start, **self.facts})
         self._clock = time.perf_counter()
         self.journal.show_progress(self.length.total_steps, start, self.length.global_batch)
 
+    def _stopped(self, number: int) -> TrainOutput:
+        """Tell the person watching that a signal has ended the run before its end."""
+        done = f"step {self.state.global_step} of {self.length.total_steps}"
+        name = name_of(number)
+        self.journal.say(f"stopped by {name} after {done}, which is saved; the same command continues")
+        self.publication.leave()
+        self.journal.close()
+        return TrainOutput.of(self.state, name)
+
     def _finish(self) -> TrainOutput:
         """Export the student, describe it, close the log and the trackers; push it last."""
-        self.save_model()
-        self.accelerator.wait_for_everyone()
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        weights = self.trained.exported(None if best is None else agreed(lambda: self.run.whole_checkpoint(best)))
+        if self.accelerator.is_main_process:
+            self.publication.export(weights)
+            self.run.end(self.state.global_step, described=False)
+        self.trained.settle(None if best is None else weights)
+        self.evaluator = self._evaluator(self.eval_source)
         if self.corrupt:
             self.journal.say(f"{len(self.corrupt)} unreadable training images were replaced by their neighbours")
-        main = self.accelerator.is_main_process  # the others have nothing left to do, and do not wait
-        if main:
-            sharded = any(teacher.cfg.shard for teacher in self.teachers.values())
-            self.publication.close(None if sharded else self.parts.teachers, self.eval_source, self.device)
+        self.accelerator.wait_for_everyone()
+        self._describe()  # the others have nothing left to do, and do not wait
         self.callbacks.call("on_train_end", self.state, self.control)
         self.journal.close()
-        if main and self.recipe.hub.push_to_hub:
+        if self.accelerator.is_main_process and self.recipe.hub.push_to_hub:
             self.callbacks.call("on_push_begin", self.state, self.control)
             self.publication.push()
         return TrainOutput.of(self.state)
+
+    def _take_over(self, start: Start) -> TrainOutput:
+        """A run that has ended: load what it exported, and do what is missing of the rest."""
+        assert start.ending is not None
+        self.trained.settle(self.publication.exported())
+        self.evaluator = self._evaluator(self.eval_source)
+        self.state.global_step, self.state.log_history = start.step, read_log(self.run.path)
+        self.state.epoch = self.state.global_step / self.length.steps_per_epoch
+        self._has_begun, self._callbacks_before = True, copy.deepcopy(self.callbacks.stateful())
+        if start.whole:
+            self.journal.say(f"{self.run.path} holds the finished run of this recipe; nothing to train")
+        else:
+            self.journal.say(f"{self.run.path} holds the student of this recipe; what is missing beside it is made now")
+            self._describe()
+        if self.accelerator.is_main_process:
+            self.publication.catch_up()
+        return TrainOutput.of(self.state)
+
+    def _describe(self) -> None:
+        """On the main process: write report and card, and note that the run is whole."""
+        if self.accelerator.is_main_process:
+            sharded = any(teacher.cfg.shard for teacher in self.teachers.values())
+            teachers = None if sharded else self.parts.teachers
+            described = self.publication.close(teachers, self.eval_source, self.device)
+            self.run.end(self.state.global_step, described)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the student as a model that timm and transformers load (``student/`` of the run folder).
 
         All ranks call this together; the main one writes.
         """
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        weights = self.trained.exported(None if best is None else self.run.checkpoint_of(best))
+        self.trained.share_buffers()
+        weights = self.trained.exported()
         if self.accelerator.is_main_process:
             self.publication.export(weights, Path(output_dir) if output_dir else None)
+            if output_dir is None:
+                self.run.note_export()
 
     def create_model_card(self, license: str | None = None, tags: Iterable[str] = ()) -> None:
         """Write the model card of the exported student, ``student/README.md``; on the main process.

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 
 from kd_hf.layout import LOG
 from kd_hf.run.checkpoint import save_checkpoint
+from kd_hf.run.identity import Identity
+from kd_hf.run.state import CheckpointState
 from tests import runs
 
 
@@ -30,7 +32,7 @@ def write_student(folder, seed, weights="model.safetensors", picture="curve.png"
 def write_checkpoint(folder, step):
     path = folder / "checkpoints" / f"checkpoint-{step}"
     tensors = {"module": {"weight": torch.full((3000,), float(step))}}
-    save_checkpoint(path, {"step": step}, tensors, {"optimizer": {"lr": step / 10}})
+    save_checkpoint(path, CheckpointState(step, Identity("0", 8)), tensors, {"optimizer": {"lr": step / 10}})
     return path
 
 

@@ -365,7 +365,7 @@ def test_a_checkpoint_comes_back_as_it_was(hub, run, away, publisher, tmp_path):
     there, cfg = tmp_path / "new" / "digits", block(run)
     found = fetch_checkpoint(cfg, there)
     assert found == there / "checkpoints" / "checkpoint-4" and local(found) == away
-    assert read_state(found)["step"] == 4 and load_objects(found, "optimizer") == {"lr": 0.4}
+    assert read_state(found).step == 4 and load_objects(found, "optimizer") == {"lr": 0.4}
     assert (there / LOG).read_text() == LINES and (there / RESOLVED).read_text() == (run / RESOLVED).read_text()
     assert sorted(path.name for path in there.iterdir()) == sorted(["checkpoints", LOG, RESOLVED])
     assert not (tmp_path / "cache").exists()

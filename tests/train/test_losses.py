@@ -20,13 +20,13 @@ def test_means_since_the_last_fetch(accelerator):
     window = LossWindow()
     for step, value in enumerate((1.0, 2.0, 6.0)):
         window.add(losses(loss=value, ce=2 * value), step + 1)
-    assert window.fetch(accelerator) == ({"loss": 3.0, "ce": 6.0}, None, False)
+    assert window.fetch(accelerator) == ({"loss": 3.0, "ce": 6.0}, None)
     window.add(losses(loss=5.0), 4)
-    assert window.fetch(accelerator) == ({"loss": 5.0}, None, False)
+    assert window.fetch(accelerator) == ({"loss": 5.0}, None)
 
 
 def test_an_empty_window(accelerator):
-    assert LossWindow().fetch(accelerator, stop_requested=True) == ({}, None, True)
+    assert LossWindow().fetch(accelerator) == ({}, None)
 
 
 def test_a_loss_that_pauses_is_averaged_over_the_steps_it_ran(accelerator):
@@ -34,7 +34,7 @@ def test_a_loss_that_pauses_is_averaged_over_the_steps_it_ran(accelerator):
     window.add(losses(loss=1, kd=10), 1)
     window.add(losses(loss=3), 2)
     window.add(losses(loss=5, kd=20), 3)
-    means, _, _ = window.fetch(accelerator)
+    means, _ = window.fetch(accelerator)
     assert means == {"loss": 3.0, "kd": 15.0}
 
 
@@ -53,7 +53,7 @@ def test_the_first_bad_part_is_named_not_the_total(accelerator, bad):
     window.add(losses(loss=bad, ce=1, kd=bad), 6)
     window.add(losses(loss=bad, ce=bad, kd=bad), 7)
     assert window.first_bad(accelerator) == ("kd", 6)
-    means, first_bad, _ = window.fetch(accelerator)
+    means, first_bad = window.fetch(accelerator)
     assert first_bad == ("kd", 6)
     assert not math.isfinite(means["loss"])
     assert window.first_bad(accelerator) is None

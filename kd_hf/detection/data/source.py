@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kd_hf.data.fingerprint import samples_hash
 from kd_hf.detection.data.categories import category_ids
 from kd_hf.detection.data.objects import Objects, trainable
+from kd_hf.files import digest
 
 
 class BoxSource(ABC):
@@ -58,6 +60,13 @@ class BoxSource(ABC):
     def expect(self, lanes: int) -> None:
         """Hear how many sequences of row groups will be read side by side."""
         self.lanes = lanes
+
+    def fingerprint(self) -> str:
+        """A hash of all objects, in order, and of some images; of the commit, where that says it all."""
+        if self.revision is not None:
+            return self.revision
+        known = (part for objects in self.annotations() for part in (objects.boxes, objects.classes, objects.iscrowd))
+        return digest(*(np.ascontiguousarray(part).tobytes() for part in known), samples_hash(self).encode())
 
     @abstractmethod
     def describe(self) -> str:
