@@ -77,11 +77,11 @@ def test_sigkill_then_other_workers_equals_the_uninterrupted_run(tmp_path, refer
     assert_same_tensors(final_tensors(tmp_path / "run"), final_tensors(reference))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_signal_saves_and_exits_with_0(tmp_path, reference, streamed, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_polite_signal_saves_and_ends_with_its_number(tmp_path, reference, streamed, number):
     file = recipe_file(tmp_path / "recipe.yaml", tmp_path / "run", OPTIONS, streamed)
     stopped = start_and_signal(file, tmp_path / "run", 3, number)
-    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.returncode == 128 + number, stopped.stderr
     assert f"stopped by {number.name} after step" in stopped.stdout + stopped.stderr
     last = step_of(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
     assert f"after step {last} of {STEPS}" in stopped.stdout + stopped.stderr
