@@ -83,6 +83,7 @@ class ItemSource(Source):
             values = self._values() if self._labels is None else self._labels.tolist()
             numbered = number_labels(values, names, where)
             self._labels, self.class_names, self.note = numbered.numbers, numbered.names, numbered.note
+        self._knows_labels = self._labels is not None  # without making the items
 
     def _targets(self) -> np.ndarray | None:
         targets = _find_targets(self._items)
@@ -113,7 +114,7 @@ class ItemSource(Source):
 
     def fingerprint(self) -> str:
         """A hash of the labels where they are known: an item may be another one each time that it is made."""
-        return digest(b"" if self._labels is None else np.ascontiguousarray(self._labels).tobytes())
+        return digest(np.ascontiguousarray(self.labels()).tobytes() if self._knows_labels else b"")
 
     def labels(self) -> np.ndarray:
         """All labels; see :class:`Source`."""
