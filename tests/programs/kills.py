@@ -99,7 +99,7 @@ class Run:
     @property
     def pids(self) -> list[int]:
         """Of the ranks."""
-        return [one.process.pid or 0 for one in self.processes]
+        return [pid for one in self.processes if (pid := one.process.pid) is not None]
 
     def wait(self, seconds: float) -> bool:
         """Whether all have ended within a time."""
