@@ -197,6 +197,7 @@ class CRD(Method):
         slopes[:, 0] -= 1
         return terms.sum(1), weighted_rows(slopes, bank, chosen) / self.cfg.temperature
 
+    @torch.compiler.disable  # graphs of torch up to 2.11 lose one of two buffers that are set from parts of a tensor
     def _remember(self, rows: Tensor, vectors: tuple[Tensor, ...], z: list[Tensor]) -> None:
         """Move the rows of all images of the step, and set Z. Of an image that occurs twice the last one counts."""
         self.z_s.copy_(z[0])
