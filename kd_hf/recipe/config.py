@@ -294,11 +294,12 @@ class EmaConfig(Block):
 
 def _expanded(path: str) -> str:
     """A path with `~` and `$VARIABLES` replaced, as a shell does."""
-    if not path.strip() or not path.isprintable():
+    if not path.strip() or "\0" in path:
         raise ValueError("expected the path of a folder")
     full = os.path.expanduser(os.path.expandvars(path))
-    if unset := re.search(r"\$(\w+|\{[^}]*\})", full):
-        raise ValueError(f"the variable {unset[0]} is not set")
+    # a whole name in a path; elsewhere a dollar may be meant
+    if unset := re.search(r"(?:^|/)(\$(?:\w+|\{[^}]*\}))(?=/|$)", full):
+        raise ValueError(f"the variable {unset[1]} is not set")
     if full.startswith("~"):
         raise ValueError(f"no user {full.partition('/')[0]} on this machine")
     return full

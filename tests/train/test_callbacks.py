@@ -57,7 +57,9 @@ def test_events_a_callback_does_not_know_are_passed_over():
 
 
 def test_early_stopping_of_transformers_reads_our_state_and_settings():
-    args = TrainConfig(output_dir="x", metric_for_best_model="top1", load_best_model_at_end=True)
+    args = TrainConfig(
+        output_dir="x", metric_for_best_model="top1", greater_is_better=True, load_best_model_at_end=True
+    )
     callbacks = CallbackList(args, [EarlyStoppingCallback(early_stopping_patience=2)])
     state, control = TrainerState(), TrainerControl()
     callbacks.call("on_train_begin", state, control)
