@@ -12,6 +12,8 @@ from kd_hf.hub.artefact import save_student
 from kd_hf.recipe.read import load_recipe, make_recipe
 from kd_hf.run.checkpoint import list_checkpoints
 from kd_hf.run.log import read_log
+from kd_hf.tasks import open_task
+from kd_hf.tasks.score import best_by
 from kd_hf.train.trainer import DistillTrainer
 from tests.detection.scenes import draw, write_parquet
 from tests.forked import launch
@@ -143,6 +145,7 @@ def test_predict_is_for_classifiers(world, tmp_path):
 
 def test_a_recipe_of_boxes_is_measured_by_average_precision():
     values = merged({"student": {"model": "x"}, "data": {"path": "x", "boxes": {}}, "train": {"output_dir": "x"}})
-    assert make_recipe(values, "here").train.metric_for_best_model == "eval_ap"
-    values["data"]["boxes"] = None
-    assert make_recipe(values, "here").train.metric_for_best_model == "eval_top1"
+    for boxes, metric in (({}, "eval_ap"), (None, "eval_top1")):
+        values["data"]["boxes"] = boxes
+        made = make_recipe(values, "here")
+        assert best_by(made.train, open_task(made).score) == (metric, True)
