@@ -14,6 +14,7 @@ from kd_hf.errors import UserError
 from kd_hf.plan.describe import plan_recipe
 from kd_hf.run.checkpoint import list_checkpoints
 from kd_hf.run.log import read_log
+from kd_hf.tasks import open_task
 from kd_hf.testing import tiny_stages
 from tests.runs import TEACHER, assert_same_tensors, final_tensors, recipe
 
@@ -76,4 +77,4 @@ def test_stored_teachers_and_boxes_have_one_view(tmp_path):
         check_methods(choices, {"teacher": None})
     boxes = recipe(tmp_path, {"data": {"boxes": {}}, "methods": {"task": {"method": "task", "strong": True}}})
     with pytest.raises(UserError, match=r"methods\.task compares two views of each image; images with boxes have one"):
-        choose_methods(boxes, tiny_stages("any"), {})
+        choose_methods(open_task(boxes), tiny_stages("any"), {})
