@@ -78,7 +78,7 @@ def loss(tmp_path, digits_files, monkeypatch):
     Gives a list that will hold its path.
     """
     tar = any(digits_files.glob("*.tar"))
-    kind, late, file_of = (TarSource, 300, file_of_row) if tar else (ParquetFiles, 8, file_of_group)
+    kind, late, file_of = (TarSource, 300, file_of_row) if tar else (ParquetFiles, 28, file_of_group)
     original, found, calls = kind.read, [], itertools.count(1)
 
     def read(self, place, *rest):
